@@ -1,0 +1,5 @@
+"""`python -m editctl` is `editctl`."""
+
+from editctl.cli import main
+
+main()

@@ -1,0 +1,143 @@
+"""What can happen during a run, as frozen values that travel as one JSON object a line.
+
+Knows: the vocabulary and its JSON form; the same stream feeds `apply --json`, the progress bar and the TUI.
+Refuses: to print, to time, to decide.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+SCHEMA = 1
+"""Version of the event stream, sent as its first line."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `type` in the JSON is the class name in snake case."""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A plan is about to be carried out."""
+
+    model: str
+    device: str
+    dtype: str
+    method: str
+    edits: int
+    """Edits to solve for (adds and replacements)."""
+    drops: int
+
+
+@dataclass(frozen=True)
+class StageStarted(Event):
+    """`stage` is one of: load, statistics, before, target, solve, after, commit."""
+
+    stage: str
+    total: int
+    """Units of work the stage will count, 0 when it does not count."""
+    batch: int = 0
+    """Which batch of edits, from 1; 0 outside batches."""
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """`done` of `total` units of the stage are finished."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TargetStep(Event):
+    """One optimisation step of a batch of target vectors."""
+
+    batch: int
+    step: int
+    loss: float
+    """Mean negative log-likelihood of the targets still being optimised, nats a token."""
+    active: int
+
+
+@dataclass(frozen=True)
+class LayerSolved(Event):
+    """One layer of one batch was written."""
+
+    batch: int
+    layer: int
+    delta_norm: float
+    """Frobenius norm of this batch's update."""
+    weight_norm: float
+    residual: float
+    """Share of the wanted change at the keys that the solve left undone, 0 (all done) to 1."""
+
+
+@dataclass(frozen=True)
+class NullSpace(Event):
+    """The retained rank of the null-space projector of one layer."""
+
+    layer: int
+    rank: int
+    width: int
+    energy: float
+    """Share of the second moment's trace that lies inside the retained (editable) subspace."""
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something the user should know; not an error."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class VersionMade(Event):
+    """The run's result is in the store."""
+
+    version: str
+    parent: str
+    weights_hash: str
+    seconds: dict[str, float]
+    """Wall-clock seconds by stage."""
+    peak_mb: float
+
+
+Emit = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """An `Emit` that drops everything."""
+
+
+def _kind(cls: type[Event]) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__).lstrip("_")
+
+
+_KINDS: dict[str, type[Event]] = {_kind(cls): cls for cls in Event.__subclasses__()}
+
+
+def to_line(event: Event) -> str:
+    """The event as one line of JSON, without the line end."""
+    return json.dumps({"type": _kind(type(event)), **asdict(event)}, ensure_ascii=False)
+
+
+def from_line(line: str) -> Event:
+    """The event of one line of JSON; keys this version does not know are ignored.
+
+    Raises:
+        ValueError: the line is not JSON, or of a type this version does not know.
+    """
+    data = json.loads(line)
+    cls = _KINDS.get(data.get("type", ""))
+    if cls is None:
+        raise ValueError(f"unknown event type {data.get('type')!r}")
+    return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+
+
+def header() -> str:
+    """The first line of every stream."""
+    return json.dumps({"type": "version", "schema": SCHEMA})
