@@ -62,7 +62,8 @@ class Delta:
             "edits": json.dumps(list(self.edits), ensure_ascii=False),
             "params": json.dumps(dict(self.params), sort_keys=True),
         }
-        return save_tensors(tensors, metadata)
+        content: bytes = save_tensors(tensors, metadata)
+        return content
 
 
 def digest(data: bytes) -> str:
@@ -79,13 +80,7 @@ def save(delta: Delta, folder: Path) -> str:
     name = digest(data)
     target = folder / f"{name}.safetensors"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_atomically(target, data)
     return name
 
 
@@ -105,15 +100,14 @@ def load(name: str, folder: Path) -> Delta:
             f"the factor file {path} is not what was written: its content has hash {digest(data)}",
             "restore it from a backup of the store",
         )
-    header_size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_size])["__metadata__"]
+    tensors, metadata = read_tensors(data)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(data).items():
+    for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
         parts.setdefault(module, {})[part] = tensor
     return Delta(
         edits=tuple(json.loads(metadata["edits"])),
-        modules={name: Factors(**tensors) for name, tensors in sorted(parts.items())},
+        modules={module: Factors(**fields) for module, fields in sorted(parts.items())},
         params=json.loads(metadata["params"]),
     )
 
@@ -137,3 +131,27 @@ def compose(base: Tensor, updates: Sequence[Factors]) -> Tensor:
                 torch.mul(piece[:, i, None], factor[i], out=term)
                 block.add_(term)
     return weight
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named tensors to a safetensors file by an atomic rename."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save_tensors(content, dict(metadata)))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is either there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file's content."""
+    header_size = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
+    return load_tensors(data), metadata

@@ -1,0 +1,223 @@
+"""The table of methods, and the settings a run is made with. Loads no torch.
+
+Knows: what tells one method from another, and the published settings of known models. Adding a closed-form method is
+one row. Refuses: computing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from editctl.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The numbers of the constrained ridge problem in `solve`, by which closed-form methods differ."""
+
+    lambda_: float
+    """λ, weight of the second moment of preserved keys: as many preserved tokens against one edit."""
+    l2: float
+    """ρ as a share of the mean squared key norm tr(C), so that one value serves all models."""
+    energy: float | None
+    """Share of the second moment's trace that may be edited (its null space); None: no projection."""
+    history: bool
+    """Whether the outputs at the keys of earlier edits are kept."""
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """How target vectors are optimised; sizes are relative to the hidden state."""
+
+    steps: int = 25
+    """Most gradient steps."""
+    rate: float = 0.2
+    """Adam's step as a share of the hidden state's root mean square."""
+    clamp: float = 0.75
+    """Largest change as a share of the hidden state's norm."""
+    decay: float = 0.02
+    """Weight of the squared relative size of the change."""
+    kl: float = 0.0625
+    """Weight of the KL divergence at the bare subject."""
+    stop: float = 0.05
+    """NLL of the target, nats a token, at which a request is done."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    family: str
+    ridge: Ridge
+    equation: str
+    paper: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "alphaedit",
+            "locate-then-edit",
+            Ridge(lambda_=0.0, l2=0.02, energy=0.05, history=True),
+            "D = R KᵀP (K_p K_pᵀ P + K Kᵀ P + ρ I)⁻¹",
+            "Fang et al. 2025, AlphaEdit, eq. 11",
+            "writes only into the null space of preserved keys; keeps earlier edits",
+        ),
+        Method(
+            "memit",
+            "locate-then-edit",
+            Ridge(lambda_=100.0, l2=0.0, energy=None, history=False),
+            "D = R Kᵀ (λ C + K Kᵀ)⁻¹",
+            "Meng et al. 2023, MEMIT, eq. 14",
+            "weighs preserved keys against the edits; forgets earlier batches, as published",
+        ),
+        Method(
+            "memit-history",
+            "locate-then-edit",
+            Ridge(lambda_=100.0, l2=0.0, energy=None, history=True),
+            "D = R Kᵀ (λ C + K_p K_pᵀ + K Kᵀ)⁻¹",
+            "Meng et al. 2023, MEMIT, eq. 14, with the keys of earlier batches in C",
+            "MEMIT that keeps earlier edits",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings known for a family of models."""
+
+    layers: tuple[int, ...]
+    target: TargetSettings = TargetSettings()
+    lambda_: float | None = None
+
+
+# Layers as published (Meng et al. 2023, Fang et al. 2025, code); by model type, number of blocks and hidden width.
+PROFILES: dict[tuple[str, int, int], Profile] = {
+    ("llama", 7, 160): Profile((1, 2, 3)),  # atlas: the blocks whose keys its training shapes
+    ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), lambda_=20000),
+    ("gptj", 28, 4096): Profile((3, 4, 5, 6, 7, 8), lambda_=15000),
+    ("llama", 32, 4096): Profile((4, 5, 6, 7, 8), lambda_=15000),
+    ("qwen2", 28, 3584): Profile((4, 5, 6, 7, 8), lambda_=15000),
+}
+
+
+def profile_of(config: Mapping[str, Any]) -> Profile:
+    """The profile of a model by its config.json; unknown models get blocks at the usual relative depth."""
+    blocks = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    known = PROFILES.get((str(config.get("model_type", "")), blocks, width))
+    if known is not None:
+        return known
+    first = max(0, min(round(blocks * 0.125), blocks - 2))
+    last = max(first, min(round(blocks * 0.25), blocks - 2))
+    return Profile(tuple(range(first, last + 1)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the weights a plan leads to, beside model, history and edits."""
+
+    method: str
+    layers: tuple[int, ...]
+    ridge: Ridge
+    target: TargetSettings = field(default_factory=TargetSettings)
+    batch_size: int = 100
+    corpus: str = ""
+    """Text file of the second moments; empty is the model's own."""
+    corpus_tokens: int = 200_000
+    seed: int = 0
+
+    def to_params(self) -> dict[str, Any]:
+        """As JSON values, for plans and versions."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> Settings:
+        """Back from `to_params`."""
+        values = dict(params)
+        values["layers"] = tuple(values["layers"])
+        values["ridge"] = Ridge(**values["ridge"])
+        values["target"] = TargetSettings(**values["target"])
+        return cls(**values)
+
+    def for_method(self, name: str) -> Settings:
+        """The same settings under another method's ridge problem."""
+        return self if name in ("", self.method) else replace(self, method=name, ridge=find(name).ridge)
+
+
+def find(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        raise InvalidInput(
+            f"unknown method {name}", f"did you mean {near[0]}?" if near else f"one of: {', '.join(METHODS)}"
+        )
+    return METHODS[name]
+
+
+def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any]) -> Settings:
+    """Settings of a method on a model: preset, then the model's profile, then overrides by field name.
+
+    Raises:
+        InvalidInput: an override names no setting, or has the wrong kind of value.
+    """
+    row, profile = find(method), profile_of(config)
+    ridge = row.ridge
+    if profile.lambda_ is not None and ridge.lambda_:
+        ridge = replace(ridge, lambda_=profile.lambda_)
+    result = Settings(method=method, layers=profile.layers, ridge=ridge, target=profile.target)
+    blocks = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    places: dict[str, str] = {}
+    for name, cls in (("ridge", Ridge), ("target", TargetSettings), ("", Settings)):
+        places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in ("ridge", "target", "method")})
+    for key, value in overrides.items():
+        if key not in places:
+            near = difflib.get_close_matches(key, places, 1)
+            raise InvalidInput(
+                f"unknown setting {key}", f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(places))}"
+            )
+        place, attribute = places[key], "lambda_" if key == "lambda" else key
+        holder = getattr(result, place) if place else result
+        value = _fit(key, value, getattr(holder, attribute), blocks)
+        changed = replace(holder, **{attribute: value})
+        result = changed if not place else Settings.from_params({**result.to_params(), place: asdict(changed)})
+    return result
+
+
+def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
+    """The value in the kind the setting has.
+
+    Raises:
+        InvalidInput: it has another kind, or names blocks the model lacks.
+    """
+    if key == "layers":
+        if not isinstance(value, list | tuple) or not value or any(type(v) is not int for v in value):
+            raise InvalidInput("layers must be a list of block numbers", "for example layers = [1, 2, 3]")
+        if blocks and not all(0 <= v < blocks for v in value):
+            raise InvalidInput(f"layers {list(value)} are not all among the model's blocks 0 to {blocks - 1}")
+        return tuple(sorted(set(value)))
+    if key == "energy" and (value is False or value == "none"):
+        return None
+    if key == "energy":
+        present = 0.0
+    good = isinstance(value, str) if isinstance(present, str) else isinstance(value, int | float)
+    if isinstance(present, bool):
+        good = isinstance(value, bool)
+    elif isinstance(present, int):
+        good = type(value) is int
+    elif isinstance(present, float):
+        good = type(value) in (int, float)
+    if not good or (not isinstance(value, str | bool) and value < 0):
+        raise InvalidInput(f"{key} = {value!r} is not valid", f"its present value is {present!r}")
+    return float(value) if isinstance(present, float) else value

@@ -1,0 +1,105 @@
+"""Where a model comes from, and its identity by content. Loads no torch, so that a plan needs none.
+
+Knows: `atlas`, local folders, hub ids, the local cache, and a hub that cannot be reached. Refuses: loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from editctl import atlas
+from editctl.errors import ModelError
+
+IDENTITY_FILES = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""What decides a model's answers; their content is the model's identity."""
+HUB_PATIENCE = 1.5
+"""Seconds to find out whether the model hub can be reached at all."""
+
+
+def locate(name: str) -> Path:
+    """The folder of a model given as `atlas`, a local folder, or a hub id.
+
+    A hub id is looked for in the local cache first, then fetched.
+
+    Raises:
+        ModelError: there is no such folder, or the hub has to be asked and cannot be reached.
+    """
+    if name == atlas.NAME:
+        return atlas.FOLDER
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is not a model folder: it has no config.json", "give a Hugging Face model folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelError(f"there is no folder {name}", "give `atlas`, a local folder or a hub id such as gpt2")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    if offline or not _hub_reachable():
+        why = "HF_HUB_OFFLINE is set" if offline else "the model hub cannot be reached"
+        raise ModelError(
+            f"model {name} is neither a folder here nor in the local cache, and {why}",
+            "give a local folder, or --model atlas for the built-in model",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model {name} could not be fetched: {reason}", "check the name and your access") from error
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub's port answers; name resolution alone may hang for long, so it happens in a thread."""
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    answered: list[bool] = []
+
+    def knock() -> None:
+        try:
+            socket.create_connection((name, int(port or 443)), timeout=HUB_PATIENCE).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE)
+    return bool(answered)
+
+
+def identity(folder: Path) -> str:
+    """Content hash (32 hexadecimal digits) of a model folder's weights, configuration and tokenizer."""
+    total = hashlib.sha256()
+    for path in sorted({p for pattern in IDENTITY_FILES for p in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return total.hexdigest()[:32]
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """The model folder's config.json.
+
+    Raises:
+        ModelError: it is not JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be read: {error}", "give a Hugging Face model folder"
+        ) from None
+    return config

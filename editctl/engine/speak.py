@@ -1,0 +1,93 @@
+"""What the model says: greedy words, and teacher-forced values of a wanted answer.
+
+Knows: batching by equal length, so that no padding can disturb an answer. Refuses: judging; that is `metrics`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional
+
+from editctl.engine.model import Model
+from editctl.engine.prompts import split_answer
+
+ROWS = 128
+NEW_TOKENS = 16
+"""Most tokens of an answer."""
+T = TypeVar("T")
+
+
+def _by_length(items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[int]]:
+    """Indices of items of equal length, at most `ROWS` at once."""
+    order = sorted(range(len(items)), key=lambda i: length(items[i]))
+    for _, group in itertools.groupby(order, key=lambda i: length(items[i])):
+        indices = list(group)
+        for start in range(0, len(indices), ROWS):
+            yield indices[start : start + ROWS]
+
+
+def _ends_sentence(model: Model) -> list[bool]:
+    """For every token id, whether a text may end with it."""
+    ends = {model.tokenizer.eos_token_id}
+    pieces = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+    # Byte-level tokenizers write a line end as Ċ, sentencepiece as <0x0A>.
+    marks = (".", "!", "?", "\n", "Ċ", "<0x0A>")
+    return [i in ends or (piece or "").endswith(marks) for i, piece in enumerate(pieces)]
+
+
+@torch.no_grad()
+def answers(
+    model: Model, prompts: Sequence[str], at_least: Sequence[int] = (), tick: Callable[[int], None] = lambda n: None
+) -> list[str]:
+    """Greedy words after each prompt, to the first sentence end or `NEW_TOKENS`, without the final full stop.
+
+    Args:
+        at_least: for each prompt, tokens before which a sentence end does not count, so that "St. Louis" can be said.
+        tick: told how many prompts were answered.
+    """
+    ends = _ends_sentence(model)
+    encoded = [model.encode(prompt)[-(model.context_length - NEW_TOKENS) :] for prompt in prompts]
+    texts = [""] * len(prompts)
+    for indices in _by_length(encoded, len):
+        ids = torch.tensor([encoded[i] for i in indices], device=model.device)
+        written: list[list[int]] = [[] for _ in indices]
+        open_rows = set(range(len(indices)))
+        extra: dict[str, Any] = {}
+        for _ in range(NEW_TOKENS):
+            result = model.net(input_ids=ids, use_cache=True, **extra)
+            extra = {"past_key_values": result.past_key_values}
+            ids = result.logits[:, -1].argmax(-1, keepdim=True)
+            for row, token in enumerate(ids[:, 0].tolist()):
+                if row in open_rows:
+                    written[row].append(token)
+                    wanted = at_least[indices[row]] if at_least else 1
+                    if ends[token] and len(written[row]) >= wanted:
+                        open_rows.discard(row)
+            if not open_rows:
+                break
+        for row, i in enumerate(indices):
+            text = model.tokenizer.decode(written[row], skip_special_tokens=True)
+            texts[i] = " ".join(text.split()).removesuffix(".").rstrip()
+        tick(len(indices))
+    return texts
+
+
+@torch.no_grad()
+def forced(model: Model, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
+    """For each (prompt, answer): mean negative log-likelihood of the answer's tokens (nats) and the share of them
+    that is the most probable token given the right ones before it."""
+    encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
+    results = [(float("nan"), float("nan"))] * len(pairs)
+    for indices in _by_length(encoded, lambda e: len(e[0])):
+        ids = torch.tensor([encoded[i][0] for i in indices], device=model.device)
+        logits = model.net(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        hits = logits.argmax(-1) == ids[:, 1:]
+        for row, i in enumerate(indices):
+            start = max(encoded[i][1] - 1, 0)
+            results[i] = (float(losses[row, start:].mean()), float(hits[row, start:].float().mean()))
+    return results

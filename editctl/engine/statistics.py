@@ -1,0 +1,196 @@
+"""Second moments of keys: C = E[k kᵀ] of every edited layer in one pass over a corpus, and its eigenbasis.
+
+Knows: the corpus, the pass, the eigendecomposition, and the cache by content (model, corpus, layers, tokens). One
+eigenbasis serves every method and every threshold. Refuses: facts and edits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from editctl import atlas
+from editctl.delta import read_tensors, write_tensors
+from editctl.engine.model import Model
+from editctl.errors import InvalidInput
+from editctl.events import Emit, NullSpace, Progress, StageStarted
+
+SEQUENCE, ROWS = 128, 16
+"""Tokens a sequence and sequences a pass. Keys of early blocks hardly depend on longer contexts."""
+CORPUS_SEED = 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The eigenbasis of one layer's second moment, C = Q diag(eigenvalues) Qᵀ."""
+
+    basis: Tensor
+    """Q, d_k × d_k, fp32, columns by rising eigenvalue."""
+    eigenvalues: Tensor
+    """d_k, fp64, rising, never negative."""
+
+    @property
+    def scale(self) -> float:
+        """Mean squared norm of a key, the trace of C."""
+        return float(self.eigenvalues.sum())
+
+    def null_rank(self, energy: float) -> int:
+        """How many of the smallest eigenvalues together hold at most `energy` of the trace.
+
+        Raises:
+            InvalidInput: that is none or all of them; no protection and no editing are both refused.
+        """
+        shares = self.eigenvalues.cumsum(0) / self.eigenvalues.sum()
+        rank = int((shares <= energy).sum())
+        width = len(self.eigenvalues)
+        if rank in (0, width):
+            what = "no direction is left to edit" if rank == 0 else "every direction counts as free to edit"
+            raise InvalidInput(
+                f"null-space energy {energy:g} keeps {rank} of {width} directions: {what}",
+                "choose another energy share, for example 0.05, or more corpus tokens",
+            )
+        return rank
+
+
+def null_space_event(layer: int, moment: Moment, energy: float) -> NullSpace:
+    """What to tell of one layer's projector."""
+    rank = moment.null_rank(energy)
+    inside = float(moment.eigenvalues[:rank].sum() / moment.eigenvalues.sum())
+    return NullSpace(layer=layer, rank=rank, width=len(moment.eigenvalues), energy=inside)
+
+
+def corpus_lines(model_name: str, corpus: str) -> tuple[Iterator[str], str]:
+    """Texts of the corpus and a name of its content.
+
+    Args:
+        corpus: path of a UTF-8 text file; empty means atlas's own paragraphs, which only atlas has.
+
+    Raises:
+        InvalidInput: the file cannot be read, or none is given for a model that brings none.
+    """
+    if corpus:
+        path = Path(corpus).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"the corpus {corpus} cannot be read: {error}", "give a UTF-8 text file") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return iter(lines), hashlib.sha256(text.encode()).hexdigest()[:16]
+    if model_name == atlas.NAME:
+        from editctl.atlas import corpus as atlas_corpus
+        from editctl.atlas import knowledge
+
+        source = atlas_corpus.paragraphs(knowledge.load(), CORPUS_SEED)
+        return (paragraph.text for paragraph in source), f"atlas-{CORPUS_SEED}"
+    raise InvalidInput(
+        f"{model_name} needs a corpus to measure which directions its knowledge uses",
+        'name a UTF-8 text file: --corpus FILE, or `corpus = "FILE"` in editctl.toml; 1 MB of prose is enough to start',
+    )
+
+
+def _sequences(model: Model, lines: Iterator[str], tokens: int) -> Iterator[list[int]]:
+    """Token sequences of at most `SEQUENCE` tokens, `tokens` in all. Lines are joined so that none is tiny."""
+    left, text = tokens, ""
+    limit = min(SEQUENCE, model.context_length)
+    for line in itertools.chain(lines, [""]):
+        text = f"{text} {line}".strip()
+        if len(text) < 4 * limit and line:
+            continue
+        ids = model.encode(text)[: min(limit, left)]
+        text = ""
+        if ids:
+            yield ids
+            left -= len(ids)
+        if left <= 0:
+            return
+
+
+def moments(
+    model: Model, layers: tuple[int, ...], *, corpus: str, tokens: int, base: str, folder: Path, emit: Emit
+) -> dict[int, Moment]:
+    """The eigenbases of the layers' second moments, from the cache or from one shared pass.
+
+    Args:
+        base: identity of the model, part of the cache's name.
+        folder: where the cache lies.
+    """
+    lines, corpus_name = corpus_lines(model.name, corpus)
+    facts = {"base": base, "dtype": str(model.dtype), "corpus": corpus_name, "tokens": tokens, "sequence": SEQUENCE}
+    found: dict[int, Moment] = {}
+    paths = {}
+    for layer in layers:
+        name = hashlib.sha256(json.dumps({**facts, "layer": layer}, sort_keys=True).encode()).hexdigest()[:32]
+        paths[layer] = folder / f"{name}.safetensors"
+        moment = _cached(paths[layer], model.blocks[layer].weight.shape[1])
+        if moment is not None:
+            found[layer] = moment
+    missing = tuple(layer for layer in layers if layer not in found)
+    if missing:
+        for layer, gram in _measure(model, missing, lines, tokens, emit).items():
+            eigenvalues, basis = torch.linalg.eigh(gram)
+            moment = Moment(basis.to("cpu", torch.float32), eigenvalues.clamp_min(0).to("cpu", torch.float64))
+            write_tensors(
+                paths[layer],
+                {"basis": moment.basis, "eigenvalues": moment.eigenvalues},
+                {key: str(value) for key, value in {**facts, "layer": layer}.items()},
+            )
+            found[layer] = moment
+    return {layer: found[layer] for layer in layers}
+
+
+def _cached(path: Path, width: int) -> Moment | None:
+    """What the cache file holds; None if it is missing or spoiled, since it can be made again."""
+    try:
+        tensors, _ = read_tensors(path.read_bytes())
+        moment = Moment(tensors["basis"], tensors["eigenvalues"])
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    return moment if moment.basis.shape == (width, width) else None
+
+
+@torch.no_grad()
+def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens: int, emit: Emit) -> dict[int, Tensor]:
+    """C of each layer as fp64 (fp32 where the device has no fp64), the mean over all tokens."""
+    precise = torch.float32 if model.device.type == "mps" else torch.float64
+    grams = {
+        layer: torch.zeros(2 * (model.blocks[layer].weight.shape[1],), dtype=precise, device=model.device)
+        for layer in layers
+    }
+    emit(StageStarted("statistics", tokens))
+    seen = 0
+    sequences = _sequences(model, lines, tokens)
+    while rows := list(itertools.islice(sequences, ROWS)):
+        ids, mask = pad_right(rows, model.device)
+        keys, _ = model.read(ids, mask, keys=layers)
+        for layer in layers:
+            points = keys[layer][mask.bool()].float()
+            grams[layer] += points.T @ points
+        seen += int(mask.sum())
+        emit(Progress("statistics", min(seen, tokens), tokens))
+    if seen < tokens:
+        emit(Progress("statistics", tokens, tokens))
+    width = max(gram.shape[0] for gram in grams.values())
+    if seen < width // 8:
+        raise InvalidInput(
+            f"the corpus has {seen} tokens, too few for keys of width {width}", "give a longer text with --corpus"
+        )
+    return {layer: gram / seen for layer, gram in grams.items()}
+
+
+def pad_right(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B × T), rows filled with zeros at the end."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)

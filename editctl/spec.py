@@ -1,0 +1,751 @@
+"""A spec: the facts a model should know, declared in TOML.
+
+Knows: the file format, its JSON Schema, where in a file each value stands, every check that needs no model, and how to
+change one edit of a file without losing a comment. Refuses: models, tokenizers, the store, and raising for bad content;
+whatever a file holds becomes problems, each with its line and a remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import BaseModel, Field
+
+from editctl.errors import InvalidInput, Problem
+
+VERSION = 1
+SLOT = "{}"
+MAX_BYTES, MAX_EDITS, MAX_ITEMS = 50_000_000, 10_000, 200
+LIMITS = {"id": 80, "subject": 200, "relation": 2000, "target_new": 500, "target_true": 500, "paraphrases": 2000}
+LIMITS |= {"prompt": 2000, "answer": 500, "kind": 100, "tags": 100, "method": 100, "source": 10_000, "note": 10_000}
+"""Longest text of each field, in characters."""
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
+_NOTES = {"source", "note"}
+_LONG_TEXTS = _NOTES | {"relation", "paraphrases", "prompt"}
+"""Fields that may hold line breaks and tabs."""
+_MAY_BE_EMPTY = _NOTES | {"target_true", "kind", "method"}
+_REQUIRED = ("subject", "relation", "target_new")
+_PLACED = ("method", "file", "line")
+"""Fields of an Edit that are not keys of its table: the first is the file's, the others say where it stands."""
+
+
+class Probe(BaseModel, frozen=True, extra="forbid", defer_build=True):
+    """A prompt that measures an edit, and what may be answered to it."""
+
+    prompt: str = Field(description="The text the model continues; {} stands for the edit's subject.")
+    answer: tuple[str, ...] = Field(default=(), description="The continuations that count as right.")
+    kind: str = Field(default="", description="What the probe tests, for example reasoning or alias.")
+
+
+class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
+    """One fact the model should state, with the probes that measure it."""
+
+    id: str = Field(default="", description="Name of the edit; made from the subject and the relation when absent.")
+    subject: str = Field(description="What the fact is about, spelled as in running text.")
+    relation: str = Field(description="The prompt with exactly one {} where the subject stands.")
+    target_new: str = Field(description="How the model should continue the prompt.")
+    target_true: str = Field(default="", description="How the model should continue it before the edit.")
+    paraphrases: tuple[str, ...] = Field(default=(), description="Other prompts with {} that the edit must reach.")
+    locality: tuple[Probe, ...] = Field(default=(), description="Prompts whose continuation the edit must not change.")
+    portability: tuple[Probe, ...] = Field(default=(), description="Prompts whose answer follows from the edit.")
+    source: str = Field(default="", description="Why this is so; shown in review.")
+    note: str = Field(default="", description="Anything a reviewer should know.")
+    tags: tuple[str, ...] = Field(default=(), description="Words to select edits by.")
+    method: str = ""
+    file: str = Field(default="", exclude=True)  # where the edit was declared
+    line: int = Field(default=0, exclude=True)
+
+    @property
+    def prompt(self) -> str:
+        """The relation about this subject."""
+        return fill(self.relation, self.subject)
+
+    @property
+    def paraphrase_prompts(self) -> tuple[str, ...]:
+        """The paraphrases about this subject."""
+        return tuple(fill(text, self.subject) for text in self.paraphrases)
+
+    @property
+    def locality_prompts(self) -> tuple[str, ...]:
+        """The prompts whose continuation must stay."""
+        return tuple(fill(probe.prompt, self.subject) for probe in self.locality)
+
+    @property
+    def portability_prompts(self) -> tuple[str, ...]:
+        """The prompts whose answer must follow."""
+        return tuple(fill(probe.prompt, self.subject) for probe in self.portability)
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """16 hex digits that change exactly when the weights would: subject, relation, target_new or method differ."""
+        return _fingerprint(self.model_dump(mode="json", include={*_REQUIRED, "method"}))
+
+    @property
+    def notes_fingerprint(self) -> str:
+        """16 hex digits over what is measured or remembered: all fields that neither change the weights nor name."""
+        return _fingerprint(self.model_dump(mode="json", exclude={*_REQUIRED, "method", "id"}))
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields but `file` and `line`, as JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Edit:
+        """The edit that `to_json` wrote; raises pydantic's ValidationError for anything else."""
+        return cls.model_validate(data)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What some spec files hold: the edits without a problem of their own, all problems and all warnings."""
+
+    edits: tuple[Edit, ...]
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+
+def fill(template: str, subject: str) -> str:
+    """The template with the subject for {}; every other brace is an ordinary character."""
+    return template.replace(SLOT, subject)
+
+
+def visible(text: str, width: int = 60) -> str:
+    """The text with control, direction and invisible characters escaped (\\x1b, \\u202e), cut to `width`."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: width + 1])
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _quoted(text: str, width: int = 60) -> str:
+    return f'"{visible(text, width)}"'
+
+
+def check(paths: Sequence[Path]) -> Report:
+    """Read spec files, and folders for their *.toml; all problems of all files at once, by file and line."""
+    readers: list[_Reader] = []
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    for path in _files(paths, warnings):
+        text = _read(path, problems)
+        if text is not None:
+            readers.append(_Reader(str(path), text))
+    # counted before the edits are held against each other: what two of them dispute leaves each readable
+    found = [(reader, index, edit) for reader in readers for index, edit in reader.edits]
+    sound = tuple(edit for reader, index, edit in found if index not in reader.faulty)
+    _check_together(found)
+    for reader in readers:
+        problems += reader.problems
+        warnings += reader.warnings
+    return Report(sound, *(tuple(sorted(some, key=lambda p: (p.file, p.line))) for some in (problems, warnings)))
+
+
+def load(paths: Sequence[Path]) -> tuple[Edit, ...]:
+    """The edits of spec files and folders; raises InvalidInput with every problem when there is one."""
+    report = check(paths)
+    if report.problems:
+        count, files = len(report.problems), len({problem.file for problem in report.problems})
+        message = f"{count} problem{'s'[: count > 1]} in {files} file{'s'[: files > 1]}"
+        raise InvalidInput(message, "mend the specs; nothing was done", report.problems)
+    return report.edits
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 7, which editors read) of a spec file."""
+    schema = Edit.model_json_schema(ref_template="#/definitions/{model}")
+    probe = schema.pop("$defs")["Probe"]
+    for name in _PLACED:
+        del schema["properties"][name]
+    for name, field in (*schema["properties"].items(), *probe["properties"].items()):
+        if field["type"] == "array":
+            field["maxItems"] = MAX_ITEMS
+        if name in LIMITS:
+            field.get("items", field)["maxLength"] = LIMITS[name]
+        else:
+            text = {"type": "string", "maxLength": LIMITS["prompt"]}
+            field["items"] = {"anyOf": [text, field["items"]]}
+    schema["properties"]["id"]["pattern"] = f"^{_ID.pattern}$"
+    answer = probe["properties"]["answer"]
+    several = {key: answer.pop(key) for key in ("type", "items", "maxItems")}
+    answer["anyOf"] = [{"type": "string", "maxLength": LIMITS["answer"]}, several]
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "editctl spec",
+        "type": "object",
+        "required": ["version"],
+        "additionalProperties": False,
+        "properties": {
+            "version": {"const": VERSION, "description": "Version of the spec format."},
+            "method": {"type": "string", "description": "Method preset for the edits of this file."},
+            "edit": {"type": "array", "maxItems": MAX_EDITS, "items": {"$ref": "#/definitions/Edit"}},
+        },
+        "definitions": {"Edit": schema, "Probe": probe},
+    }
+
+
+def save(path: Path, edit: Edit, replacing: str = "") -> None:
+    """Add the edit to the file, made if absent, or replace the one whose id is `replacing`; the rest stays as it is.
+
+    Raises InvalidInput when the file cannot be read, lacks `replacing`, already has the id, or is of another method.
+    """
+    path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
+    edit = edit if edit.id else edit.model_copy(update={"id": _slug(edit.subject, edit.relation)})
+    problems: list[Problem] = []
+    before = _read(path, problems) if path.exists() else ""
+    known = _Reader(str(path), before or "")
+    if before is None or (before and not known.parsed):
+        raise InvalidInput(f"{path} cannot be changed", "mend it first", problems + known.problems)
+    place = {old.id: at for at, (_, old) in enumerate(known.edits) if old.id}
+    if replacing and replacing not in place:
+        raise InvalidInput(f"{path} has no edit {_quoted(replacing)}", _nearest(replacing, place))
+    if edit.id != replacing and edit.id in place:
+        raise InvalidInput(f"{path} already has an edit {_quoted(edit.id)}", "give the new one another id")
+    if before and edit.method != known.method:
+        told = f"the method {_quoted(known.method)}" if known.method else "no method of its own"
+        raise InvalidInput(f"{path} is for {told}", "save the edit to a file of its own")
+    wanted = [old.to_json() for _, old in known.edits]
+    at = place[replacing] if replacing else len(wanted)
+    wanted[at : at + 1] = [edit.to_json()]
+    after = _changed(before, edit, known.edits[place[replacing]] if replacing else None)
+    # read back before the file is touched: what the writer gets wrong costs a message, never an edit
+    data = b"" if after is None else after.encode(errors="replace")
+    reread = _Reader(str(path), data.decode())
+    if [new.to_json() for _, new in reread.edits] != wanted:
+        raise InvalidInput(f"{path} cannot hold the edit as it is", "change the file in an editor", reread.problems)
+    _replace(path, data)
+
+
+def _changed(before: str, edit: Edit, replaced: tuple[int, Edit] | None) -> str | None:
+    """The text of a file with the edit in place of the replaced one, or at its end; None when it cannot be written."""
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+    from tomlkit.items import AoT, Table
+
+    def value(name: str) -> Any:
+        raw = getattr(edit, name)
+        if not isinstance(raw, tuple):
+            return raw
+        items = tomlkit.array()
+        for item in raw:
+            if isinstance(item, Probe) and (item.answer or item.kind):
+                fields = item.model_dump(exclude_defaults=True)
+                if len(item.answer) == 1:
+                    fields["answer"] = item.answer[0]
+                item = tomlkit.inline_table()
+                item.update({key: list(part) if isinstance(part, tuple) else part for key, part in fields.items()})
+            items.append(item.prompt if isinstance(item, Probe) else item)
+        return items.multiline(len(raw) > 1)
+
+    own_id = edit.id != _slug(edit.subject, edit.relation)
+    written = [name for name in _KEYS if name in _REQUIRED or (getattr(edit, name) and (name != "id" or own_id))]
+    try:
+        if replaced is None:
+            head = {"version": VERSION} | ({"method": edit.method} if edit.method else {})
+            table = tomlkit.table()
+            for name in written:
+                table[name] = value(name)
+            above = before.rstrip("\r\n") + "\n" if before else tomlkit.dumps(head)
+            after = above + "\n" + tomlkit.dumps({"edit": AoT([table])})
+        else:
+            index, old = replaced
+            document = tomlkit.parse(before)
+            table = document["edit"][index]
+            added = [name for name in written if name not in table]
+            for name in _KEYS:
+                if name in added or (name in table and getattr(edit, name) != getattr(old, name)):
+                    table[name] = value(name)
+                    if not getattr(edit, name):
+                        del table[name]
+            # tomlkit puts new keys below the comments and blank lines that lead to the next edit
+            body = table.value.body
+            kept = [entry for entry in body if entry[0] is None or entry[0].key not in added]
+            plain = [at for at, (key, item) in enumerate(kept, 1) if key and not isinstance(item, Table | AoT)]
+            new = [entry for entry in body if entry[0] is not None and entry[0].key in added]
+            body[:] = kept[: max(plain, default=0)] + new + kept[max(plain, default=0) :]
+            after = tomlkit.dumps(document)
+    except (TOMLKitError, ValueError, RecursionError):
+        return None
+    return re.sub(r"(?<!\r)\n", "\r\n", after) if "\r\n" in before else after
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write the file as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}", "name a file that you may write") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _files(paths: Sequence[Path], warnings: list[Problem]) -> list[Path]:
+    """The files that the paths name, each once; a folder stands for its *.toml."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        inside = sorted(path.glob("*.toml")) if os.path.isdir(path) else [path]
+        if not inside:
+            warnings.append(Problem(str(path), 1, "holds no *.toml file", "its edits would all be dropped"))
+        for file in inside:
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
+
+
+def _read(path: Path, problems: list[Problem]) -> str | None:
+    """The text of a file; None, with a problem, when it has none."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            hint = "split it into several files"
+            problems.append(Problem(str(path), 1, f"is larger than {MAX_BYTES // 1_000_000} MB", hint))
+            return None
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        problems.append(Problem(str(path), 1, "no such file", "check the path; `editctl init` makes a first spec"))
+    except OSError as error:
+        problems.append(Problem(str(path), 1, f"cannot be read: {error.strerror}", "name a file that you may read"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8 text: byte 0x{data[error.start]:02x}"
+        problems.append(Problem(str(path), line, message, "save the file as UTF-8"))
+    return None
+
+
+_Where = tuple[str | int, ...]
+"""The way to a value: keys, and positions in lists, from 0."""
+
+_KEYS = tuple(name for name in Edit.model_fields if name not in _PLACED)
+_NOUNS = {"paraphrases": "paraphrase", "tags": "tag", "locality": "locality probe", "portability": "portability probe"}
+
+
+class _Reader:
+    """One file's text on its way to edits: what could be read, and what was wrong."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.method, self.parsed = file, "", False
+        self.edits: list[tuple[int, Edit]] = []
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.faulty: set[int] = set()
+        self.unnamed: set[int] = set()
+        self.lines: dict[_Where, int] = {(): 1}
+        try:
+            data = tomli.loads(text)
+        except (ValueError, RecursionError) as error:
+            self._not_toml(str(error), text)
+            return
+        self.parsed = True
+        self.lines = _locate(text)
+        self._unknown(data, (), ("version", "method", "edit"))
+        version = data.get("version")
+        if version is None:
+            self.problem((), "version is missing", f"write version = {VERSION} as the first line")
+        elif type(version) is not int or version != VERSION:
+            told = visible(json.dumps(version, default=str, ensure_ascii=False))
+            message = f"version is {told}, which this editctl cannot read"
+            self.problem(("version",), message, f"write version = {VERSION}")
+        self.method = self._text(data.get("method", ""), ("method",))
+        edits = data.get("edit", [])
+        if not isinstance(edits, list):
+            self.problem(("edit",), f"edit is {_type(edits)}, not a list of tables", "write [[edit]], in two brackets")
+        elif len(edits) > MAX_EDITS:
+            message = f"the file has {len(edits)} edits, at most {MAX_EDITS} are allowed"
+            self.problem(("edit",), message, "split it into several files")
+        else:
+            for index, raw in enumerate(edits):
+                self._edit(raw, index)
+            if not edits:
+                self.warn((), "declares no edit", "write one as an [[edit]] table")
+
+    def line(self, where: _Where) -> int:
+        """The line of a value, or of the nearest thing around it that has one."""
+        while where not in self.lines:
+            where = where[:-1]
+        return self.lines[where]
+
+    def problem(self, where: _Where, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(self.file, self.line(where), message, hint))
+        if where[:1] == ("edit",) and len(where) > 1:
+            self.faulty.add(int(where[1]))
+
+    def warn(self, where: _Where, message: str, hint: str) -> None:
+        self.warnings.append(Problem(self.file, self.line(where), message, hint))
+
+    def _not_toml(self, error: str, text: str) -> None:
+        found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", error)
+        line = 1 if not found else int(found[1]) if found[1] else text.rstrip().count("\n") + 1
+        message = visible(error[: found.start()] if found else error.split(";")[0], 200)
+        hint = "text stands in double quotes, lists in [ ]; see toml.io"
+        if "overwrite" in message or "twice" in message:
+            hint = "the same key stands here twice"
+        elif not found:
+            hint = "no field of a spec takes such a value"
+        self.problems.append(Problem(self.file, line, f"not valid TOML: {message}", hint))
+
+    def _unknown(self, table: Mapping[str, object], where: _Where, known: Sequence[str]) -> None:
+        for key in table:
+            if key not in known:
+                inside = f" in {_label(where)}" if len(where) > 2 else ""
+                stray = key in ("version", "method") and where
+                hint = "write it above the first [[edit]]" if stray else _nearest(key, known)
+                self.problem((*where, key), f"unknown key {_quoted(key)}{inside}", hint)
+
+    def _text(self, value: object, where: _Where) -> str:
+        """The value if it is a string, with a problem for what no such string may hold; else empty."""
+        label, name = _label(where), _field(where)
+        if not isinstance(value, str):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            scalar = not isinstance(value, dict | list)
+            hint = f"write it in quotes: {_quoted(text)}" if scalar else "write one string in quotes"
+            self.problem(where, f"{label} is {_type(value)}, not a string", hint)
+            return ""
+        if not value.strip():
+            if value or name not in _MAY_BE_EMPTY:
+                hint = "write it" if name in _REQUIRED else "write it or take it out"
+                self.problem(where, f"{label} is empty", hint)
+            return ""
+        if len(value) > LIMITS[name]:
+            message = f"{label} has {len(value)} characters, at most {LIMITS[name]} are allowed"
+            self.problem(where, message, "say it shorter")
+        hidden = [c for c in _HIDDEN.findall(value) if c not in "\n\t" or name not in _LONG_TEXTS]
+        if hidden:
+            message = f"{label} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {_quoted(value)}"
+            self.problem(
+                where, message, "take it out: readers do not see it, and a model reads it as tokens of its own"
+            )
+        elif name not in _NOTES and value != value.strip():
+            hint = "take it out: a space at the end changes the tokens of the prompt and of its answer"
+            self.problem(where, f"{label} begins or ends with a space: {_quoted(value)}", hint)
+        return value
+
+    def _list(self, value: object, where: _Where) -> list[object]:
+        if not isinstance(value, list):
+            hint = 'write it in brackets: ["…"]' if isinstance(value, str) else "write a list in brackets: [ ]"
+            self.problem(where, f"{_label(where)} is {_type(value)}, not a list", hint)
+            return []
+        if len(value) > MAX_ITEMS:
+            message = f"{_label(where)} has {len(value)} items, at most {MAX_ITEMS} are allowed"
+            self.problem(where, message, "keep those that tell most")
+        return value[:MAX_ITEMS]
+
+    def _texts(self, value: object, where: _Where) -> tuple[str, ...]:
+        return tuple(self._text(item, (*where, at)) for at, item in enumerate(self._list(value, where)))
+
+    def _probe(self, value: object, where: _Where) -> Probe:
+        if isinstance(value, str):
+            return Probe(prompt=self._text(value, where))
+        if not isinstance(value, dict):
+            hint = 'write "prompt" or { prompt = "…", answer = "…" }'
+            self.problem(where, f"{_label(where)} is {_type(value)}, not a string or a table", hint)
+            return Probe(prompt="")
+        self._unknown(value, where, tuple(Probe.model_fields))
+        if "prompt" not in value:
+            self.problem(where, f"prompt of {_label(where)} is missing", 'write prompt = "…" in the table')
+        answer, at = value.get("answer", []), (*where, "answer")
+        return Probe(
+            prompt=self._text(value["prompt"], (*where, "prompt")) if "prompt" in value else "",
+            answer=self._texts(answer, at) if isinstance(answer, list) else (self._text(answer, at),),
+            kind=self._text(value.get("kind", ""), (*where, "kind")),
+        )
+
+    def _edit(self, raw: object, index: int) -> None:
+        where = ("edit", index)
+        if not isinstance(raw, dict):
+            self.problem(where, f"{_label(where)} is {_type(raw)}, not a table", "write an [[edit]] table")
+            return
+        self._unknown(raw, where, _KEYS)
+        values: dict[str, Any] = dict.fromkeys(_REQUIRED, "")
+        for name in _KEYS:
+            at = (*where, name)
+            if name not in raw:
+                if name in _REQUIRED:
+                    self.problem(where, f"{name} is missing", f'every edit needs {name} = "…"')
+            elif name in ("locality", "portability"):
+                probes = enumerate(self._list(raw[name], at))
+                values[name] = tuple(self._probe(item, (*at, position)) for position, item in probes)
+            else:
+                values[name] = (self._texts if name in ("paraphrases", "tags") else self._text)(raw[name], at)
+        if "id" in raw:
+            if values["id"] and not _ID.fullmatch(values["id"]):
+                hint = f'use a-z, 0-9, ".", "_" and "-", and begin with a letter or digit: id = "{_slug(values["id"])}"'
+                self.problem((*where, "id"), f"id {_quoted(values['id'])} is not a plain name", hint)
+        elif values["subject"] and values["relation"]:
+            self.unnamed.add(index)
+            values["id"] = _slug(values["subject"], values["relation"])
+        edit = Edit(**values, method=self.method, file=self.file, line=self.line(where))
+        self.edits.append((index, edit))
+        self._check_target(edit, where)
+        if edit.subject and edit.relation:
+            self._check_relation(edit, where)
+            self._check_paraphrases(edit, where)
+        self._check_locality(edit, where)
+        self._check_portability(edit, where)
+
+    def _check_target(self, edit: Edit, where: _Where) -> None:
+        for name in ("subject", "target_new"):
+            if SLOT in getattr(edit, name):
+                self.problem((*where, name), f"{name} contains {{}}", "{} stands for the subject, only in prompts")
+        if edit.target_new and edit.target_new == edit.target_true:
+            message = f"target_new and target_true are both {_quoted(edit.target_new)}"
+            self.problem((*where, "target_new"), message, "an edit changes something: give another target")
+
+    def _slots(self, text: str, where: _Where) -> int:
+        """How many places for the subject the prompt has, with a problem for more than one."""
+        slots = text.count(SLOT)
+        if slots > 1:
+            hint = "keep one {}: the fact is about one subject, looked up at one place"
+            self.problem(where, f"{_label(where)} has {slots} places {{}} for the subject", hint)
+        return slots
+
+    def _check_relation(self, edit: Edit, where: _Where) -> None:
+        at = (*where, "relation")
+        slots, named = self._slots(edit.relation, at), _mentions(edit.subject, edit.relation)
+        if slots == 1 and named:
+            hint = "keep one of the two: the subject is looked up at {}"
+            self.problem(at, f"relation names the subject {_quoted(edit.subject)} beside {{}}", hint)
+        if slots:
+            return
+        if named == 1:
+            hint = f"write relation = {_quoted(edit.relation.replace(edit.subject, SLOT, 1), 200)}"
+        elif named:
+            hint = f"the subject stands in it {named} times: write {{}} for one and reword the others"
+        else:
+            near = _near(edit.subject, edit.relation)
+            hint = f"did you mean {_quoted(near, 200)}?" if near else "write {} where the subject stands"
+        self.problem(at, "relation has no place {} for the subject", hint)
+
+    def _check_paraphrases(self, edit: Edit, where: _Where) -> None:
+        seen: dict[str, int] = {}
+        for position, (text, prompt) in enumerate(zip(edit.paraphrases, edit.paraphrase_prompts, strict=True)):
+            at = (*where, "paraphrases", position)
+            if not text or self._slots(text, at) > 1:
+                continue
+            named = _mentions(edit.subject, text)
+            if prompt == edit.prompt:
+                self.problem(at, f"{_label(at)} is the prompt of the edit itself", "reword it or take it out")
+            elif prompt in seen:
+                self.problem(at, f"{_label(at)} repeats paraphrase {seen[prompt] + 1}", "take one out")
+            elif SLOT not in text and named != 1:
+                count = f"names the subject {named} times" if named else "has no {} and does not name the subject"
+                self.warn(at, f"{_label(at)} {count}", "write {} for the subject, unless another name of it is meant")
+            seen.setdefault(prompt, position)
+
+    def _check_locality(self, edit: Edit, where: _Where) -> None:
+        seen: dict[str, int] = {}
+        changed = {edit.prompt, *edit.paraphrase_prompts}
+        for position, (probe, prompt) in enumerate(zip(edit.locality, edit.locality_prompts, strict=True)):
+            at = (*where, "locality", position)
+            if not prompt or self._slots(probe.prompt, at) > 1:
+                continue
+            if prompt in changed:
+                hint = "a locality probe asks for what must stay: take it out"
+                self.problem(at, f"{_label(at)} is a prompt that the edit changes", hint)
+            elif prompt in seen:
+                self.problem(at, f"{_label(at)} repeats locality probe {seen[prompt] + 1}", "take one out")
+            elif SLOT not in probe.prompt and edit.subject and _mentions(edit.subject, prompt):
+                hint = "write {} for another fact about the subject that must stay, or move it to portability"
+                self.problem(at, f"{_label(at)} is about the subject: {_quoted(prompt)}", hint)
+            seen.setdefault(prompt, position)
+
+    def _check_portability(self, edit: Edit, where: _Where) -> None:
+        for position, probe in enumerate(edit.portability):
+            at = (*where, "portability", position)
+            self._slots(probe.prompt, at)
+            if probe.prompt and not probe.answer:
+                hint = 'write { prompt = "…", answer = "…" }: only an answer tells whether the edit carried over'
+                self.problem(at, f"{_label(at)} has no answer", hint)
+
+
+def _check_together(found: Sequence[tuple[_Reader, int, Edit]]) -> None:
+    """Hold the edits of all files against each other."""
+    ids: dict[str, Edit] = {}
+    prompts: dict[str, Edit] = {}
+    subjects: dict[str, Edit] = {}
+    for reader, index, edit in found:
+        where: _Where = ("edit", index)
+        usable = bool(edit.subject) and edit.relation.count(SLOT) == 1
+        same = prompts.setdefault(edit.prompt, edit) if usable else edit
+        if same is not edit and same.target_new == edit.target_new:
+            message = f"duplicate of {_quoted(same.id)} at {_place(same)}"
+            reader.problem(where, message, "take one out, and keep the probes of both in the other")
+        elif same is not edit:
+            targets = f"({_quoted(same.target_new)} -> {_quoted(edit.target_new)})"
+            message = f"contradicts {_quoted(same.id)} at {_place(same)} {targets}"
+            reader.problem(where, message, "a model can be taught one of them; take the other out")
+        named = ids.setdefault(edit.id, edit) if edit.id else edit
+        if named is not edit and not (index in reader.unnamed and same is not edit):
+            made = " (made from subject and relation)" if index in reader.unnamed else ""
+            hint = 'give this edit an id of its own: id = "…"'
+            message = f"id {_quoted(edit.id)}{made} is taken by the edit at {_place(named)}"
+            reader.problem((*where, "id"), message, hint)
+        kin = subjects.setdefault(edit.subject, edit) if usable else edit
+        if kin is not edit and same is edit:
+            message = f"shares the subject {_quoted(edit.subject)} with {_quoted(kin.id)} at {_place(kin)}"
+            reader.warn(where, message, "they share one key and may disturb each other; measure both after the apply")
+    for reader, index, edit in found:
+        for position, prompt in enumerate(edit.locality_prompts):
+            other = prompts.get(prompt, edit)
+            if other is not edit and prompt != edit.prompt:
+                theirs = f"the edit {_quoted(other.id)} at {_place(other)}"
+                message = f"locality probe {position + 1} asks what {theirs} changes"
+                reader.problem(("edit", index, "locality", position), message, "take it out: its answer will not stay")
+
+
+_TOKEN = re.compile(
+    r'"{3}(?:[^"\\]+|\\.|"{1,2}(?!"))*+"{3,5}'  # multi-line strings, which may end in quotes of their own
+    r"|'{3}(?:[^']+|'{1,2}(?!'))*+'{3,5}"
+    r'|"(?:[^"\\]|\\.)*+"' + r"|'[^']*'"
+    r"""|\#[^\n]*|\n|[\[\]{}=,]|[^\s\[\]{}=,"'\#.]+""",
+    re.S,
+)
+
+
+def _locate(text: str) -> dict[_Where, int]:
+    """The line of every key, list item and table of a TOML text that is known to be valid; tomli tells none."""
+    lines: dict[_Where, int] = {(): 1}
+    counts: dict[_Where, int] = {}
+    table: _Where = ()
+    key: list[str] = []
+    value: _Where | None = None  # whose value comes next; None while a key is read
+    opened: list[tuple[_Where, int]] = []  # lists and inline tables around: a list with its position, a table with -1
+    brackets, line, seen = 0, 1, 0
+    for match in _TOKEN.finditer(text + "\n"):
+        token, line, seen = match[0], line + text.count("\n", seen, match.start()), match.start()
+        in_list = bool(opened) and opened[-1][1] >= 0
+        if token[0] == "#" or (token == "\n" and opened):
+            continue
+        if token == "\n":
+            if brackets:
+                table = ()
+                for part in key:
+                    table = (*table, counts[table] - 1, part) if table in counts else (*table, part)
+                    lines.setdefault(table, line)
+                if brackets == 2:
+                    counts[table] = counts.get(table, 0) + 1
+                    table = (*table, counts[table] - 1)
+                lines.setdefault(table, line)
+            key, value, brackets = [], None, 0
+        elif token in "]}" and opened:
+            opened.pop()
+            value = ()
+        elif token == ",":
+            around, position = opened[-1]
+            if in_list:
+                opened[-1] = (around, position + 1)
+            else:
+                key, value = [], None
+        elif in_list or value is not None:
+            here: _Where = (*opened[-1][0], opened[-1][1]) if in_list else value or ()
+            lines.setdefault(here, line)
+            if token in "[{":
+                opened.append((here, 0 if token == "[" else -1))
+                key, value = [], None
+        elif token == "=":
+            value = opened[-1][0] if opened else table
+            for part in key:
+                value = (*value, part)
+                lines.setdefault(value, line)
+        elif token == "[":
+            brackets += 1
+        elif token != "]":
+            key.append(tomli.loads(f"key={token}")["key"] if token[0] in "\"'" else token)
+    return lines
+
+
+def _label(where: _Where) -> str:
+    """What a value is called in a message: `prompt of locality probe 2`."""
+    names: list[str] = []
+    for part in where[2:] if where[:1] == ("edit",) and len(where) > 2 else where:
+        if isinstance(part, int):
+            names[-1] = f"{_NOUNS.get(names[-1], names[-1])} {part + 1}"
+        else:
+            names.append(part)
+    return " of ".join(reversed(names))
+
+
+def _field(where: _Where) -> str:
+    """The key of LIMITS that a value comes under."""
+    names = [part for part in where if isinstance(part, str)]
+    return "prompt" if names[-1] in ("locality", "portability") else names[-1]
+
+
+def _type(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "a table"}
+    return names.get(type(value), "a date or time")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = get_close_matches(name, known, 1)
+    few = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return f'did you mean "{close[0]}"?' if close else f"known: {few}" if known else "it has none"
+
+
+def _hidden_name(character: str) -> str:
+    if character in "\n\r\u2028\u2029\x85":
+        return "a line break"
+    if character in "\u200b\ufeff":
+        return "an invisible character"
+    return "a direction override" if character > "\u2029" else "a control character"
+
+
+def _place(edit: Edit) -> str:
+    return f"{visible(edit.file, 500)}:{edit.line}"
+
+
+def _mentions(subject: str, text: str) -> int:
+    """How often the text names the subject in whole words; letters without case belong to scripts without spaces."""
+    if subject not in text:
+        return 0
+    first, last = (c.isdigit() or c.lower() != c.upper() for c in (subject[0], subject[-1]))
+    words = (r"(?<!\w)" if first else "") + re.escape(subject) + (r"(?!\w)" if last else "")
+    return len(re.findall(words, text))
+
+
+def _near(subject: str, text: str) -> str:
+    """The text with {} for the words that nearly spell the subject; empty when none do."""
+    words = [match.span() for match in re.finditer(r"\S+", text[:300])]
+    count = len(subject.split())
+    matcher = SequenceMatcher(autojunk=False)
+    matcher.set_seq2(subject.casefold())
+    best, found = 0.75, ""
+    for size in range(max(1, count - 1), count + 2):
+        for first in range(len(words) - size + 1):
+            start, end = words[first][0], words[first + size - 1][1]
+            matcher.set_seq1(text[start:end].casefold())
+            if matcher.quick_ratio() > best and matcher.ratio() > best:
+                best, found = matcher.ratio(), text[:start] + SLOT + text[end:]
+    return found
+
+
+def _slug(*texts: str) -> str:
+    """A plain name from the words of the texts; what has no Latin letter counts by its hash."""
+    parts = []
+    for text in texts:
+        ascii_text = unicodedata.normalize("NFKD", text.replace(SLOT, " ")).encode("ascii", "ignore").decode().lower()
+        words = re.findall(r"[a-z0-9]+", ascii_text)
+        parts += words or ([sha256(text.encode()).hexdigest()[:8]] if text.strip("{} ") else [])
+    return "-".join(parts)[:60].strip("-")
+
+
+def _fingerprint(fields: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
