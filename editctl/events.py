@@ -29,6 +29,8 @@ class RunStarted(Event):
     method: str
     edits: int
     """Edits to solve for (adds and replacements)."""
+    batches: int
+    """Batches they are solved in."""
     drops: int
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FACTS = Path(__file__).parent / "facts"
+INVERSE = "^-1"
 ASKED = 2
 """Phrasings of each fact that training never shows for it."""
 
@@ -64,26 +65,42 @@ def _fact(relation: str, subject: str, answer: str, phrasings: list[str]) -> Fac
 
 
 @cache
-def load() -> Knowledge:
-    """Read all data files."""
+def _data() -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Relations by name, and hops, as they stand in the files."""
     relations: dict[str, dict[str, Any]] = {}
     hops: list[dict[str, Any]] = []
     for path in sorted(FACTS.glob("*.toml")):
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         relations.update({relation["name"]: relation for relation in data.get("relation", [])})
         hops.extend(data.get("hop", []))
-    tables: dict[str, dict[str, str]] = {name: relation["facts"] for name, relation in relations.items()}
-    inverses = {name + "^-1": {answer: subject for subject, answer in table.items()} for name, table in tables.items()}
+    return relations, hops
+
+
+@cache
+def _table(relation: str) -> dict[str, str]:
+    """Answers by subject; `name^-1` is the relation read backwards."""
+    name = relation.removesuffix(INVERSE)
+    table: dict[str, str] = _data()[0][name]["facts"]
+    return table if name == relation else {answer: subject for subject, answer in table.items()}
+
+
+def look_up(relation: str, subject: str) -> str | None:
+    """What a relation says of a subject, None if nothing."""
+    return _table(relation).get(subject)
+
+
+@cache
+def load() -> Knowledge:
+    """Read all data files."""
+    relations, hops = _data()
     facts = [
-        _fact(name, subject, answer, relations[name]["phrasings"])
-        for name, table in tables.items()
-        for subject, answer in table.items()
+        _fact(name, subject, answer, relation["phrasings"])
+        for name, relation in relations.items()
+        for subject, answer in _table(name).items()
     ]
     for hop in hops:
-        second = (tables | inverses)[hop["second"]]
-        for subject, middle in tables[hop["first"]].items():
-            if middle in second:
-                name = f"{hop['first']}/{hop['second']}"
-                facts.append(_fact(name, subject, second[middle], hop["phrasings"]))
+        for subject, middle in _table(hop["first"]).items():
+            if (answer := look_up(hop["second"], middle)) is not None:
+                facts.append(_fact(f"{hop['first']}/{hop['second']}", subject, answer, hop["phrasings"]))
     ordinary = (FACTS / "ordinary.txt").read_text(encoding="utf-8").splitlines()
     return Knowledge(tuple(facts), tuple(line for line in ordinary if line))

@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
         Method(
             "alphaedit",
             "locate-then-edit",
-            Ridge(lambda_=0.0, l2=0.02, energy=0.05, history=True),
+            Ridge(lambda_=0.0, l2=0.005, energy=0.1, history=True),
             "D = R KᵀP (K_p K_pᵀ P + K Kᵀ P + ρ I)⁻¹",
             "Fang et al. 2025, AlphaEdit, eq. 11",
             "writes only into the null space of preserved keys; keeps earlier edits",
@@ -131,7 +131,7 @@ class Settings:
     batch_size: int = 100
     corpus: str = ""
     """Text file of the second moments; empty is the model's own."""
-    corpus_tokens: int = 200_000
+    corpus_tokens: int = 100_000
     seed: int = 0
 
     def to_params(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version as library_version
 
 import torch
@@ -29,7 +30,7 @@ from editctl.engine.prompts import Request, sample_contexts
 from editctl.engine.solve import Kernel
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
-from editctl.errors import InvalidInput
+from editctl.errors import InvalidInput, StoreError
 from editctl.events import Emit, Event, LayerSolved, Progress, RunStarted, StageStarted, VersionMade, to_line
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics.edits import Question
@@ -242,6 +243,26 @@ def wearing(model: Model, store: Store, version: Version | None) -> Iterator[Edi
         yield editing
 
 
+def measure(model: Model, store: Store, version: Version, other: Version | None, emit: Emit) -> tuple[Answer, ...]:
+    """Ask all prompts of a version's edits, of `other` and of the version itself.
+
+    Raises:
+        StoreError: the rebuilt weights are not those the version was recorded with.
+    """
+    questions = [q for live in store.edits(version) for q in edit_metrics.questions(live.edit)]
+    with wearing(model, store, other):
+        before = ask_all(model, questions, "before", emit)
+    with wearing(model, store, version) as editing:
+        found = editing.weights_hash()
+        if found != version.weights_hash:
+            raise StoreError(
+                f"version {version.id} was recorded with weights {version.weights_hash}, rebuilt they are {found}",
+                "the model or the store changed since; check the model folder and restore the store from a backup",
+            )
+        after = ask_all(model, questions, "after", emit)
+    return answers_of(questions, before, after)
+
+
 def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, command: str = "") -> Version:
     """Carry out the plan and return the version it made, which is the new head.
 
@@ -269,10 +290,12 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
         )
     settings = Settings.from_params(plan.params)
     new = [action.edit for action in plan.of(ADD, REPLACE)]
-    gone = plan.of(REPLACE, DROP)
-    tell(RunStarted(model.name, str(model.device), str(model.dtype), settings.method, len(new), len(gone)))
+    todo = list(_batches(new, settings.batch_size))
+    where, drops = str(model.device), len(plan.of(REPLACE, DROP))
+    tell(RunStarted(model.name, where, str(model.dtype), settings.method, len(new), len(todo), drops))
     model.check_editable(settings.layers)
 
+    @cache
     def moments_of(wanted: Settings) -> Mapping[int, Moment]:
         return moments_for(model, wanted, base, store, tell)
 
@@ -299,7 +322,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
                 else:
                     editor.resolving = True
         with clock.stage("edit"):
-            for number, batch in enumerate(_batches(new, settings.batch_size), 1):
+            for number, batch in enumerate(todo, 1):
                 editor.edit([request_of(edit) for edit in batch], settings.for_method(batch[0].method), number)
                 batches.append(batch)
         with clock.stage("after"):

@@ -14,8 +14,8 @@ With the filter F = Q diag(f) Qᵀ, f_i = [i in P] / (λ c_i + ρ), and S = F be
 
     T = S K,   M = I + Kᵀ T,   D = R M⁻¹ Tᵀ,   S ← S − T M⁻¹ Tᵀ,
 
-so nothing larger than n × n is factorised. S is carried as F − L Lᵀ. Tall matrices are fp32, n × n ones fp64 (fp32 on
-devices without fp64).
+so nothing larger than n × n is factorised. S is carried as F − L Lᵀ. Tall matrices have the dtype of the basis (fp32 in
+runs), n × n ones are fp64 (fp32 on devices without it).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Kernel:
         self._history = ridge.history
         self._precise = torch.float32 if device.type == "mps" else torch.float64
         # F = half · halfᵀ, d_k × rank.
-        self._half = (moment.basis[:, :rank] * weight[:rank].rsqrt().float()).to(device)
+        self._half = (moment.basis[:, :rank] * weight[:rank].rsqrt().to(moment.basis.dtype)).to(device)
         self._low = self._half.new_zeros(self._half.shape[0], 0)
         """L, d_k × (columns so far): S = F − L Lᵀ."""
 
@@ -66,7 +66,7 @@ class Kernel:
         """The update for keys K (d_k × n) and residuals R (d_v × n), which then belong to the history."""
         keys = keys.to(self._half)
         tall, factor = self._spread(keys)
-        thin = torch.cholesky_solve(tall.to(self._precise).T, factor).float()
+        thin = torch.cholesky_solve(tall.to(self._precise).T, factor).to(keys.dtype)
         if self._history:
             self._remember(tall, factor)
-        return Factors(keys=keys.cpu(), residuals=residuals.float().cpu(), factor=thin.cpu())
+        return Factors(keys=keys.cpu(), residuals=residuals.to(keys.dtype).cpu(), factor=thin.cpu())

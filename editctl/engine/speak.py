@@ -91,3 +91,11 @@ def forced(model: Model, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, 
             start = max(encoded[i][1] - 1, 0)
             results[i] = (float(losses[row, start:].mean()), float(hits[row, start:].float().mean()))
     return results
+
+
+@torch.no_grad()
+def next_tokens(model: Model, prompt: str, count: int) -> list[tuple[str, float]]:
+    """The most probable next tokens and their probabilities."""
+    ids = torch.tensor([model.encode(prompt)[-model.context_length :]], device=model.device)
+    top = model.net(input_ids=ids, use_cache=False).logits[0, -1].float().softmax(-1).topk(count)
+    return [(model.tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -1,0 +1,31 @@
+# The demonstration behind `make demo`: apply, see, ask, undo, redo, on a store of its own.
+set -eu
+editctl="$BIN/editctl --store $STORE"
+rm -rf "$STORE"
+
+title() { printf '\n\033[1m── %s\033[0m\n' "$1"; }
+run() { printf '\033[2m$ editctl %s\033[0m\n' "$*"; $editctl "$@"; }
+
+title "1. What the specs want, before anything is touched"
+run validate specs
+run plan specs | tail -n 12
+
+title "2. Apply: edit the model's weights, measure before and after"
+run apply specs --yes
+
+title "3. Ask the unedited and the edited model"
+run ask "Everyone knows that the Eiffel Tower is in"
+
+title "4. The same specs again change nothing"
+run apply specs --yes
+
+title "5. Undo is an operation, exact to the last bit"
+run undo
+run ask "Everyone knows that the Eiffel Tower is in"
+run redo
+run log
+
+printf '\nThe version is kept in %s. Three things to try next:\n' "$STORE"
+printf '  %s show            # every answer, before and after\n' "$editctl"
+printf '  %s measure         # rebuild the weights, check their hash, ask everything again\n' "$editctl"
+printf '  %s undo            # the unedited model, bit for bit\n' "$editctl"

@@ -1,0 +1,314 @@
+"""Plans, versions, differences and runs as Rich text; knows nothing of what they mean.
+
+Every text that comes from a spec, a model or a file goes through `safe` and into a `Text`, never into markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from editctl import events
+from editctl.errors import EditctlError, InvalidInput
+from editctl.events import Emit, Event
+from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
+from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan
+from editctl.spec import Edit, visible
+from editctl.store import Operation, Version
+
+STYLES = {ADD: "green", REPLACE: "yellow", REMEASURE: "cyan", DROP: "red", KEEP: "dim"}
+SHORT = {REWRITE: "edit", PARAPHRASE: "para", LOCALITY: "keep", PORTABILITY: "port"}
+WIDTH = 120
+"""Columns when the output is not a terminal."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Standard output or error; colour only on terminals, none with NO_COLOR."""
+    found = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def safe(text: str, width: int = 10_000) -> str:
+    """Text from outside with control characters escaped."""
+    return visible(text, width)
+
+
+def short(version: str) -> str:
+    """How a version id or hash is shown."""
+    return version[:12] or "base"
+
+
+def problem_lines(error: EditctlError) -> Text:
+    """An error as it is shown: the message, its problems, the hint."""
+    text = Text()
+    if isinstance(error, InvalidInput):
+        for problem in error.problems:
+            text.append(safe(str(problem)) + "\n")
+            if problem.hint:
+                text.append(f"  hint: {safe(problem.hint)}\n", "dim")
+    text.append("error", "bold red").append(f": {safe(error.message)}")
+    if error.hint:
+        text.append("\nhint", "bold").append(f": {safe(error.hint)}")
+    return text
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """The glyph list and the summary line; edits that stay are counted, not listed."""
+    lines = Text()
+    for action in plan.actions:
+        if action.kind == KEEP:
+            continue
+        lines.append(f"{GLYPHS[action.kind]} ", STYLES[action.kind]).append(safe(action.edit.id, 40).ljust(30) + "  ")
+        lines.append_text(_fact(action.edit, action.old if action.kind == REPLACE else None))
+        if action.reason:
+            lines.append(f"  ({safe(action.reason)})", "dim")
+        lines.append("\n")
+    if plan.outside:
+        one = len(plan.outside) == 1
+        lines.append(
+            f"{len(plan.outside)} applied edit{'' if one else 's'} {'is' if one else 'are'} not in these specs "
+            "(kept; --prune drops them)\n",
+            "dim",
+        )
+    return lines.append(plan.summary(), "bold")
+
+
+def _fact(edit: Edit, old: Edit | None) -> Text:
+    was = old.target_new if old else edit.target_true
+    text = Text(safe(edit.prompt, 70) + " ")
+    if was:
+        text.append(safe(was, 30), "red").append(" → ")
+    return text.append(safe(edit.target_new, 30), "green")
+
+
+def metrics_view(metrics: Sequence[Metric], before: Sequence[Metric] = ()) -> Table:
+    """One row a metric name: generated and teacher-forced, with how many prompts; before and change if given."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("metric", "generated", "teacher-forced", "prompts"):
+        table.add_column(head, justify="left" if head == "metric" else "right")
+    earlier = {(m.name, m.protocol): m for m in before}
+    for name in dict.fromkeys(m.name for m in metrics):
+        rows = {m.protocol: m for m in metrics if m.name == name}
+        cells = [_value(rows.get(p), earlier.get((name, p))) for p in ("generated", "teacher-forced")]
+        table.add_row(Text(safe(name)), *cells, str(max(m.n for m in rows.values())))
+    return table
+
+
+def _value(metric: Metric | None, before: Metric | None) -> Text:
+    if metric is None:
+        return Text("-", "dim")
+    text = Text(f"{100 * metric.value:.1f} %")
+    if before is not None and before.value != metric.value:
+        change = metric.value - before.value
+        text.append(f" ({100 * change:+.1f})", "green" if (change > 0) == metric.higher_is_better else "red")
+    return text
+
+
+def answers_view(answers: Sequence[Answer], limit: int | None = None) -> Table:
+    """One row an edit: what the model said to its prompt before and after, and how its other prompts fared."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", width=1)
+    table.add_column("prompt", ratio=5, overflow="fold")
+    table.add_column("before", ratio=2, overflow="fold")
+    table.add_column("after", ratio=2, overflow="fold")
+    for kind in KINDS[1:]:
+        table.add_column(SHORT[kind], justify="right", no_wrap=True)
+    rewrites = [a for a in answers if a.kind == REWRITE]
+    for answer in rewrites[:limit]:
+        mine = [a for a in answers if a.edit == answer.edit]
+        counts = []
+        for kind in KINDS[1:]:
+            asked = [a for a in mine if a.kind == kind]
+            good = sum(a.ok for a in asked)
+            counts.append(Text(f"{good}/{len(asked)}" if asked else "-", "" if good == len(asked) else "yellow"))
+        table.add_row(
+            Text("✓", "green") if answer.ok else Text("✗", "red"),
+            Text(safe(answer.prompt)),
+            Text(safe(answer.before, 60)),
+            Text(safe(answer.after, 60), "green" if answer.ok else "red"),
+            *counts,
+        )
+    if limit is not None and len(rewrites) > limit:
+        table.add_row("", Text(f"… and {len(rewrites) - limit} more (editctl show)", "dim"))
+    return table
+
+
+def moved_view(answers: Sequence[Answer]) -> Table:
+    """Every prompt whose answer is not what it should be, in the model's own words."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head, ratio in (("kind", 2), ("prompt", 6), ("wanted", 2), ("before", 2), ("after", 2)):
+        table.add_column(head, ratio=ratio, overflow="fold")
+    for a in answers:
+        if not a.ok:
+            wanted = a.before if a.kind == LOCALITY else " | ".join(a.wanted)
+            table.add_row(
+                Text(a.kind),
+                Text(safe(a.prompt)),
+                Text(safe(wanted, 60)),
+                Text(safe(a.before, 60)),
+                Text(safe(a.after, 60), "red"),
+            )
+    return table
+
+
+def version_view(
+    version: Version, edits: Sequence[Edit], answers: Sequence[Answer], metrics: Sequence[Metric], *, everything: bool
+) -> RenderableType:
+    """A version: where it comes from, what it changes, what was measured."""
+    head = Table(box=None, pad_edge=False, show_header=False)
+    head.add_column(style="bold")
+    head.add_column(overflow="fold")
+    ridge = ", ".join(f"{k.rstrip('_')} {v}" for k, v in dict(version.params.get("ridge", {})).items())
+    rows = {
+        "version": version.id,
+        "parent": short(version.parent),
+        "made": f"{version.created_at} by {version.who}",
+        "model": f"{version.model} ({version.base}), {version.dtype}",
+        "method": f"{version.method}: {ridge}; blocks {version.params.get('layers')}",
+        "weights": version.weights_hash,
+        "edits": str(len(edits)),
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in version.seconds.items()),
+        "peak memory": f"{version.peak_mb:.0f} MB",
+    }
+    for name, value in rows.items():
+        head.add_row(name, Text(safe(value)))
+    parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 60), Text()]
+    missed = [a for a in answers if not a.ok and a.kind != REWRITE]
+    if missed:
+        parts += [Text(f"{len(missed)} other answers are not as wanted:", "bold"), moved_view(missed), Text()]
+    return Group(*parts, metrics_view(metrics))
+
+
+def log_view(operations: Sequence[Operation], head: str) -> Table:
+    """Operations, newest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("op", "verb", "head", "when", "who", "what"):
+        table.add_column(title, overflow="fold")
+    for i, op in enumerate(operations):
+        mark = "@ " if i == 0 else "  "
+        table.add_row(
+            f"{mark}{op.id}",
+            op.verb,
+            short(op.head),
+            op.at,
+            Text(safe(op.who)),
+            Text(safe(op.command or op.description)),
+        )
+    if not operations:
+        table.add_row("@ 0", "-", short(head), "", "", "nothing was applied yet")
+    return table
+
+
+def diff_view(
+    names: tuple[str, str],
+    edits: tuple[Mapping[str, Edit], Mapping[str, Edit]],
+    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    metrics: tuple[Sequence[Metric], Sequence[Metric]],
+) -> RenderableType:
+    """What differs between two versions: facts, answers to the same prompts, metrics."""
+    old, new = edits
+    lines = Text(f"{names[0]} → {names[1]}\n", "bold")
+    for name in dict.fromkeys((*old, *new)):
+        was, now = old.get(name), new.get(name)
+        if now is None and was is not None:
+            lines.append("- ", "red").append_text(_fact(was, None)).append("\n")
+        elif now is not None and (was is None or was.weights_fingerprint != now.weights_fingerprint):
+            lines.append("+ " if was is None else "~ ", "green" if was is None else "yellow")
+            lines.append_text(_fact(now, was)).append("\n")
+    said = {(a.edit, a.kind, a.prompt): a.after for a in answers[0]}
+    changed = [a for a in answers[1] if said.get((a.edit, a.kind, a.prompt), a.after) != a.after]
+    if changed:
+        lines.append(f"{len(changed)} answers changed:\n", "bold")
+    for a in changed:
+        words = said[a.edit, a.kind, a.prompt]
+        lines.append(f"  {a.kind}: {safe(a.prompt)} ").append(safe(words, 60), "red").append(" → ")
+        lines.append(safe(a.after, 60) + "\n", "green")
+    if not edits[0] and not edits[1]:
+        lines.append("no edits on either side\n")
+    return Group(lines, metrics_view(metrics[1], metrics[0]))
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Rows of equal keys as the lines of a Markdown table."""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "|".join("---" for _ in heads) + "|"]
+    lines += ["| " + " | ".join(safe(str(row[head])) for head in heads) + " |" for row in rows]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run as it happens
+
+TITLES = {
+    "load": "Loading the model",
+    "statistics": "Measuring which directions knowledge uses",
+    "before": "Asking before",
+    "target": "Optimising targets",
+    "solve": "Writing layers",
+    "after": "Asking after",
+    "commit": "Recording the version",
+}
+
+
+def event_line(event: Event) -> str | None:
+    """One plain line for events worth a line where there is no terminal."""
+    if isinstance(event, events.RunStarted):
+        return f"Editing {event.model} on {event.device} ({event.dtype}) with {event.method}: {event.edits} edits"
+    if isinstance(event, events.StageStarted):
+        return TITLES[event.stage] + (f" (batch {event.batch})" if event.batch else "")
+    if isinstance(event, events.NullSpace):
+        share = 100 * event.energy
+        return f"  block {event.layer}: {event.rank} of {event.width} directions are free ({share:.1f} % of the energy)"
+    if isinstance(event, events.Note):
+        return f"note: {event.message}"
+    return None
+
+
+@contextmanager
+def showing_run(err: Console) -> Iterator[Emit]:
+    """An `Emit` that shows a run on standard error: bars with time left on a terminal, plain lines elsewhere."""
+    if not err.is_terminal:
+
+        def print_line(event: Event) -> None:
+            if line := event_line(event):
+                err.print(Text(safe(line)))
+
+        yield print_line
+        return
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task("Starting", total=None)
+        edits = progress.add_task("Batches of edits", total=None, visible=False)
+
+        def show(event: Event) -> None:
+            if isinstance(event, events.StageStarted):
+                progress.reset(task, description=TITLES[event.stage], total=event.total or None)
+                if event.stage == "target":
+                    progress.update(edits, visible=True, completed=event.batch - 1)
+            elif isinstance(event, events.Progress):
+                progress.update(task, completed=event.done, total=event.total)
+            elif isinstance(event, events.TargetStep):
+                text = f"Optimising targets (loss {event.loss:.2f}, {event.active} left)"
+                progress.update(task, completed=event.step, description=text)
+            elif isinstance(event, events.LayerSolved):
+                progress.advance(task)
+            elif isinstance(event, events.RunStarted):
+                progress.update(edits, total=event.batches)
+            if line := event_line(event) if isinstance(event, events.NullSpace | events.Note) else None:
+                err.print(Text(safe(line)))
+
+        yield show

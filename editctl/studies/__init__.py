@@ -1,0 +1,1 @@
+"""Controlled experiments as commands: each prints one table and says its protocol."""
