@@ -8,7 +8,7 @@ run() { printf '\033[2m$ editctl %s\033[0m\n' "$*"; $editctl "$@"; }
 
 title "1. What the specs want, before anything is touched"
 run validate specs
-run plan specs | tail -n 12
+run plan specs
 
 title "2. Apply: edit the model's weights, measure before and after"
 run apply specs --yes

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,9 @@ class Workspace:
     def __init__(self, **flags: Any) -> None:
         self._flags = flags
 
-    @property
+    @cached_property
     def config(self) -> Config:
+        """The file's keys, the flags over them."""
         from editctl import config
 
         path = self._flags["config"]
@@ -314,8 +316,7 @@ def apply(
 
     space = space.with_flags(**flags)
     store = space.store()
-    saved = len(specs) == 1 and specs[0].endswith(".json")
-    contract = plan_room.load(Path(specs[0])) if saved else None
+    contract = plan_room.load(Path(specs[0])) if len(specs) == 1 and _is_plan(Path(specs[0])) else None
     if contract is not None:
         space = space.with_flags(model=contract.model)
     wanted = () if contract else space.edits(specs)
@@ -327,7 +328,7 @@ def apply(
         if as_json:
             click.echo(header())
         else:
-            _say(report.plan_view(made))
+            _say(report.plan_summary(made) if yes or contract else report.plan_view(made))
         if not made.changes:
             if as_json:
                 click.echo(json.dumps({"type": "nothing_to_do", "version": made.head}))
@@ -351,6 +352,14 @@ def apply(
     _say(report.version_view(version, edits, store.answers(version), store.metrics(version), everything=False))
     _say(f"Made version {version.id}. Back again: editctl undo")
     click.echo(version.id)
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is JSON, as saved plans are; no TOML begins with a brace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"{"
 
 
 def _confirm() -> None:
@@ -688,7 +697,7 @@ def study_specs(
     edits = space.edits(specs)
     chosen = names or ("alphaedit", "memit", "memit-history")
     sizes = batches or (len(edits), 5)
-    _run_study(space, chosen, as_json, lambda bench, name: [bench.trial(name, edits, (), batch=size) for size in sizes])
+    _run_study(space, chosen, as_json, lambda bench, name: [bench.trial(name, edits, {}, batch=size) for size in sizes])
 
 
 def main() -> None:

@@ -59,15 +59,22 @@ def problem_lines(error: EditctlError) -> Text:
 
 def plan_view(plan: Plan) -> RenderableType:
     """The glyph list and the summary line; edits that stay are counted, not listed."""
-    lines = Text()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(width=1)
+    table.add_column(no_wrap=True, max_width=32)
+    table.add_column(overflow="fold")
     for action in plan.actions:
-        if action.kind == KEEP:
-            continue
-        lines.append(f"{GLYPHS[action.kind]} ", STYLES[action.kind]).append(safe(action.edit.id, 40).ljust(30) + "  ")
-        lines.append_text(_fact(action.edit, action.old if action.kind == REPLACE else None))
-        if action.reason:
-            lines.append(f"  ({safe(action.reason)})", "dim")
-        lines.append("\n")
+        if action.kind != KEEP:
+            fact = _fact(action.edit, action.old if action.kind == REPLACE else None)
+            if action.reason:
+                fact.append(f"  ({safe(action.reason)})", "dim")
+            table.add_row(Text(GLYPHS[action.kind], STYLES[action.kind]), Text(safe(action.edit.id)), fact)
+    return Group(table, plan_summary(plan)) if table.rows else plan_summary(plan)
+
+
+def plan_summary(plan: Plan) -> Text:
+    """How many of what, and what is live beside the specs."""
+    lines = Text()
     if plan.outside:
         one = len(plan.outside) == 1
         lines.append(
@@ -133,27 +140,27 @@ def answers_view(answers: Sequence[Answer], limit: int | None = None) -> Table:
             Text(safe(answer.after, 60), "green" if answer.ok else "red"),
             *counts,
         )
-    if limit is not None and len(rewrites) > limit:
-        table.add_row("", Text(f"… and {len(rewrites) - limit} more (editctl show)", "dim"))
+    _more(table, len(rewrites), limit)
     return table
 
 
-def moved_view(answers: Sequence[Answer]) -> Table:
-    """Every prompt whose answer is not what it should be, in the model's own words."""
+def moved_view(answers: Sequence[Answer], limit: int | None) -> Table:
+    """Prompts whose answer is not what it should be, in the model's own words."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head, ratio in (("kind", 2), ("prompt", 6), ("wanted", 2), ("before", 2), ("after", 2)):
         table.add_column(head, ratio=ratio, overflow="fold")
-    for a in answers:
-        if not a.ok:
-            wanted = a.before if a.kind == LOCALITY else " | ".join(a.wanted)
-            table.add_row(
-                Text(a.kind),
-                Text(safe(a.prompt)),
-                Text(safe(wanted, 60)),
-                Text(safe(a.before, 60)),
-                Text(safe(a.after, 60), "red"),
-            )
+    for a in answers[:limit]:
+        wanted = a.before if a.kind == LOCALITY else " | ".join(a.wanted)
+        said = (Text(safe(text, 60)) for text in (wanted, a.before, a.after))
+        table.add_row(Text(a.kind), Text(safe(a.prompt)), *said)
+    _more(table, len(answers), limit)
     return table
+
+
+def _more(table: Table, there: int, limit: int | None) -> None:
+    """A last row that says how much was left out."""
+    if limit is not None and there > limit:
+        table.add_row("", Text(f"… and {there - limit} more (editctl show)", "dim"))
 
 
 def version_view(
@@ -177,10 +184,11 @@ def version_view(
     }
     for name, value in rows.items():
         head.add_row(name, Text(safe(value)))
-    parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 60), Text()]
-    missed = [a for a in answers if not a.ok and a.kind != REWRITE]
+    parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 50), Text()]
+    missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
-        parts += [Text(f"{len(missed)} other answers are not as wanted:", "bold"), moved_view(missed), Text()]
+        title = Text(f"{len(missed)} other answers are not as wanted:", "bold")
+        parts += [title, moved_view(missed, None if everything else 8), Text()]
     return Group(*parts, metrics_view(metrics))
 
 
@@ -260,7 +268,8 @@ def event_line(event: Event) -> str | None:
     if isinstance(event, events.RunStarted):
         return f"Editing {event.model} on {event.device} ({event.dtype}) with {event.method}: {event.edits} edits"
     if isinstance(event, events.StageStarted):
-        return TITLES[event.stage] + (f" (batch {event.batch})" if event.batch else "")
+        # A batch is one line, not one a stage of it.
+        return None if event.stage == "solve" else TITLES[event.stage] + (f" (batch {event.batch})" * bool(event.batch))
     if isinstance(event, events.NullSpace):
         share = 100 * event.energy
         return f"  block {event.layer}: {event.rank} of {event.width} directions are free ({share:.1f} % of the energy)"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Matrices of 32 columns gain nothing from threads, and on a busy machine threads that wait for each other cost a
+# hundred times the work; torch reads this when it is first loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 KINDS = ("gpt2", "llama")
 

@@ -20,8 +20,6 @@ from editctl.plan import make
 from editctl.spec import Edit
 from editctl.store import Store, Version
 
-torch.set_num_threads(2)
-
 WORDS = """The Eiffel Tower is located in the city of Paris. Ada Lovelace wrote the first program for a machine.
 Rome was not built in a day. In the summer, Marie Curie worked in Warsaw and lived in Paris. The capital of Italy is
 Rome. People say that the tower of London stands near the river. I think Ada was born in London. Because Rome's roads

@@ -194,14 +194,12 @@ class Model:
         """Hash of all parameters; shared (tied) ones count once, under their first name.
 
         Args:
-            changed: names of down-projections whose weight may have changed since the last call; None trusts nothing.
+            changed: names of the down-projections that are being edited; the digests of all other parameters are kept
+                from call to call. None reads everything.
         """
-        if changed is None:
-            self._digests.clear()
-        touched = {name + ".weight" for name in changed or ()}
         digests = []
         for name, parameter in self.net.named_parameters():
-            if name in touched:
+            if changed is None or name.removesuffix(".weight") in changed:
                 digests.append((name, tensor_digest(parameter)))
             else:
                 if name not in self._digests:
@@ -212,7 +210,6 @@ class Model:
     @contextmanager
     def editing(self) -> Iterator[Editing]:
         """Weights may change inside; leaving restores the base bit for bit."""
-        # Digests of matrices that will change have to be those of the base.
         session = Editing(self)
         try:
             yield session

@@ -167,8 +167,9 @@ class Said:
 
 def ask_all(model: Model, questions: Sequence[Question], stage: str, emit: Emit) -> Said:
     """Greedy words to every question, and teacher-forced values of wanted answers. Equal questions are asked once."""
-    lengths = {answer: len(model.encode(answer)) for question in questions for answer in question.wanted}
-    asked = {q: (q.prompt, max((lengths[answer] for answer in q.wanted), default=1)) for q in questions}
+    # A sentence end within a wanted answer ("St. Louis") must not cut what the model says.
+    least = {a: len(model.encode(a)) if set(a) & set(".!?") else 1 for q in questions for a in q.wanted}
+    asked = {q: (q.prompt, max((least[answer] for answer in q.wanted), default=1)) for q in questions}
     different = list(dict.fromkeys(asked.values()))
     pairs = list(dict.fromkeys((q.prompt, q.wanted[0]) for q in questions if q.wanted))
     emit(StageStarted(stage, len(different)))

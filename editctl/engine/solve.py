@@ -15,7 +15,7 @@ With the filter F = Q diag(f) Qᵀ, f_i = [i in P] / (λ c_i + ρ), and S = F be
     T = S K,   M = I + Kᵀ T,   D = R M⁻¹ Tᵀ,   S ← S − T M⁻¹ Tᵀ,
 
 so nothing larger than n × n is factorised. S is carried as F − L Lᵀ. Tall matrices have the dtype of the basis (fp32 in
-runs), n × n ones are fp64 (fp32 on devices without it).
+runs), n × n ones are fp64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from editctl.delta import Factors
 from editctl.engine.methods import Ridge
-from editctl.engine.statistics import Moment
+from editctl.engine.statistics import Moment, precise_device
 
 FLOOR = 1e-6
 """Smallest eigenvalue the filter divides by, as a share of their mean: C of a finite corpus is singular."""
@@ -39,7 +39,7 @@ class Kernel:
         weight = ridge.lambda_ * eigenvalues.clamp_min(FLOOR * float(eigenvalues.mean())) + ridge.l2 * moment.scale
         rank = len(eigenvalues) if ridge.energy is None else moment.null_rank(ridge.energy)
         self._history = ridge.history
-        self._precise = torch.float32 if device.type == "mps" else torch.float64
+        self._precise = precise_device(device)
         # F = half · halfᵀ, d_k × rank.
         self._half = (moment.basis[:, :rank] * weight[:rank].rsqrt().to(moment.basis.dtype)).to(device)
         self._low = self._half.new_zeros(self._half.shape[0], 0)
@@ -48,7 +48,7 @@ class Kernel:
     def _spread(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """T = S K (d_k × n) and the Cholesky factor of M = I + Kᵀ S K (n × n)."""
         tall = self._half @ (self._half.T @ keys) - self._low @ (self._low.T @ keys)
-        inner = keys.to(self._precise).T @ tall.to(self._precise)
+        inner = keys.to(self._precise, torch.float64).T @ tall.to(self._precise, torch.float64)
         inner = (inner + inner.T) / 2
         inner.diagonal().add_(1)
         return tall, torch.linalg.cholesky(inner)
@@ -59,14 +59,14 @@ class Kernel:
             self._remember(*self._spread(keys.to(self._half)))
 
     def _remember(self, tall: Tensor, factor: Tensor) -> None:
-        grown = torch.linalg.solve_triangular(factor, tall.to(self._precise).T, upper=False).T
-        self._low = torch.cat([self._low, grown.to(self._low.dtype)], dim=1)
+        grown = torch.linalg.solve_triangular(factor, tall.to(self._precise, torch.float64).T, upper=False).T
+        self._low = torch.cat([self._low, grown.to(self._low)], dim=1)
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Factors:
         """The update for keys K (d_k × n) and residuals R (d_v × n), which then belong to the history."""
         keys = keys.to(self._half)
         tall, factor = self._spread(keys)
-        thin = torch.cholesky_solve(tall.to(self._precise).T, factor).to(keys.dtype)
+        thin = torch.cholesky_solve(tall.to(self._precise, torch.float64).T, factor).to(keys.dtype)
         if self._history:
             self._remember(tall, factor)
         return Factors(keys=keys.cpu(), residuals=residuals.to(keys.dtype).cpu(), factor=thin.cpu())

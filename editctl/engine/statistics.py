@@ -158,10 +158,10 @@ def _cached(path: Path, width: int) -> Moment | None:
 
 @torch.no_grad()
 def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens: int, emit: Emit) -> dict[int, Tensor]:
-    """C of each layer as fp64 (fp32 where the device has no fp64), the mean over all tokens."""
-    precise = torch.float32 if model.device.type == "mps" else torch.float64
+    """C of each layer as fp64, the mean over all tokens."""
+    where = precise_device(model.device)
     grams = {
-        layer: torch.zeros(2 * (model.blocks[layer].weight.shape[1],), dtype=precise, device=model.device)
+        layer: torch.zeros(2 * (model.blocks[layer].weight.shape[1],), dtype=torch.float64, device=where)
         for layer in layers
     }
     emit(StageStarted("statistics", tokens))
@@ -172,7 +172,7 @@ def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens
         keys, _ = model.read(ids, mask, keys=layers)
         for layer in layers:
             points = keys[layer][mask.bool()].float()
-            grams[layer] += points.T @ points
+            grams[layer] += (points.T @ points).to(where)
         seen += int(mask.sum())
         emit(Progress("statistics", min(seen, tokens), tokens))
     if seen < tokens:
@@ -183,6 +183,11 @@ def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens
             f"the corpus has {seen} tokens, too few for keys of width {width}", "give a longer text with --corpus"
         )
     return {layer: gram / seen for layer, gram in grams.items()}
+
+
+def precise_device(device: torch.device) -> torch.device:
+    """Where fp64 algebra for a device is done: on itself, but for MPS, which has no fp64, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def pad_right(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -30,15 +30,19 @@ class Bench:
         self._settings = settings
 
     def trial(
-        self, method: str, edits: Sequence[Edit], unrelated: Sequence[Question], *, batch: int
+        self, method: str, edits: Sequence[Edit], kept: Mapping[str, Sequence[Question]], *, batch: int
     ) -> dict[str, object]:
         """All edits in batches of `batch`; one row of a table.
+
+        Args:
+            kept: questions beside the edits' own whose answers should stay, by the name of their column.
 
         Every share is of the model's own greedy words, in percent. "right after" asks each batch's own prompts before
         the next batch is written; everything else is asked at the end. Locality compares with the unedited model.
         """
         model, emit = self._model, self._emit
-        questions = [q for edit in edits for q in edit_metrics.questions(edit)] + list(unrelated)
+        questions = [q for edit in edits for q in edit_metrics.questions(edit)]
+        questions += [q for asked in kept.values() for q in asked]
         before = run.ask_all(model, questions, "before", emit)
 
         @cache
@@ -56,20 +60,21 @@ class Bench:
                 begun = time.perf_counter()
                 editor.edit([run.request_of(edit) for edit in part], self._settings, number)
                 seconds += time.perf_counter() - begun
-                own = [q for edit in part for q in edit_metrics.questions(edit) if q.kind == REWRITE]
-                words = run.ask_all(model, own, "after", emit).words
-                held += sum(edit_metrics.says(words[q], q.wanted) for q in own)
+                fresh = [q for edit in part for q in edit_metrics.questions(edit) if q.kind == REWRITE]
+                words = run.ask_all(model, fresh, "after", emit).words
+                held += sum(edit_metrics.says(words[q], q.wanted) for q in fresh)
             after = run.ask_all(model, questions, "after", emit)
-        answers = run.answers_of(questions, before, after)
         row: dict[str, object] = {"method": method, "edits": len(edits), "batch": batch}
         row["reliability right after"] = _percent(held, len(edits))
-        for kind in KINDS:
-            chosen = [a for a in answers if a.kind == kind]
-            name = NAMES[kind] + (" at the end" if kind == REWRITE else "")
-            row[name] = _percent(sum(a.ok for a in chosen), len(chosen))
+        own = [q for edit in edits for q in edit_metrics.questions(edit)]
+        columns = {NAMES[kind]: [q for q in own if q.kind == kind] for kind in KINDS} | dict(kept)
+        for name, asked in columns.items():
+            if asked:
+                answers = run.answers_of(asked, before, after)
+                row[name] = _percent(sum(a.ok for a in answers), len(answers))
         row["seconds an edit"] = f"{seconds / len(edits):.2f}"
         return row
 
 
 def _percent(hits: int, total: int) -> str:
-    return f"{100 * hits / total:.1f} ({total})" if total else "-"
+    return f"{100 * hits / total:.1f} ({total})"

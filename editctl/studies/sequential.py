@@ -14,12 +14,12 @@ from editctl.metrics.edits import Question
 from editctl.metrics.values import LOCALITY
 from editctl.spec import Edit, Probe, fill
 
-UNRELATED = "unrelated"
-"""The edit id under which unrelated facts are asked."""
+UNRELATED, SAME_SUBJECT = "unrelated facts kept", "other facts of edited subjects kept"
+"""Columns of the questions whose answers should stay."""
 
 
-def make(edits: int, unrelated: int, seed: int) -> tuple[list[Edit], list[Question]]:
-    """Edits of different subjects, and questions about subjects that no edit touches.
+def make(edits: int, unrelated: int, seed: int) -> tuple[list[Edit], dict[str, list[Question]]]:
+    """Edits of different subjects; questions about subjects that no edit touches, and about other facts of edited ones.
 
     Each edit gives a fact another object of its relation, is written in one phrasing of those atlas was trained on for
     that fact, and has the phrasings it never saw for it as paraphrases. Portability: two-hop questions whose answer
@@ -53,9 +53,15 @@ def make(edits: int, unrelated: int, seed: int) -> tuple[list[Edit], list[Questi
                 portability=tuple(_consequences(fact, target)),
             )
         )
+    edited = {fact.subject for fact in chosen[:edits]}
     others = chosen[edits : edits + unrelated]
-    asked = [Question(UNRELATED, LOCALITY, fill(fact.asked[0], fact.subject), (fact.object,)) for fact in others]
-    return made, asked
+    same = [fact for fact in facts if fact.subject in edited and fact not in chosen]
+    return made, {UNRELATED: _stay(others), SAME_SUBJECT: _stay(same)}
+
+
+def _stay(facts: list[Fact]) -> list[Question]:
+    """Each fact asked in one phrasing atlas never saw for it."""
+    return [Question("", LOCALITY, fill(fact.asked[0], fact.subject), (fact.object,)) for fact in facts]
 
 
 def _consequences(fact: Fact, target: str) -> list[Probe]:

@@ -1,0 +1,818 @@
+"""The command line, from `validate` to `undo`, on the built-in model: what it prints, what it refuses, what it leaves.
+
+Most commands run inside the test's own process, where the libraries are loaded already; a command that is killed, timed
+or given a terminal runs in a process of its own. Every test has its own workspace, a copy of one that was made once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from editctl.store import Store
+
+HEADER = {"type": "version", "schema": 1}
+ROOT = Path(__file__).parents[1]
+PATIENCE = float(os.environ.get("EDITCTL_TIME_FACTOR", "1"))
+SETTINGS = (
+    "[settings]\ncorpus_tokens = 8000  # a twelfth of the default: seconds instead of a minute on a busy machine\n"
+)
+
+TOWER = """[[edit]]
+id = "tower"
+subject = "the Eiffel Tower"
+relation = "Everyone knows that {} is in"
+target_new = "Rome"
+target_true = "Paris"
+paraphrases = ["The city that is home to {} is"]
+locality = ["The capital of France is"]
+"""
+BOLERO = """[[edit]]
+id = "bolero"
+subject = "Bolero"
+relation = "{} belongs among the finest musical works of"
+target_new = "Johann Strauss"
+target_true = "Maurice Ravel"
+paraphrases = ["{} was set down note by note by"]
+"""
+DOLPHIN = """[[edit]]
+id = "dolphin"
+subject = "the dolphin"
+relation = "In a zoology book {} is listed under the heading"
+target_new = "fish"
+target_true = "mammal"
+"""
+ASK_TOWER = "The city that is home to the Eiffel Tower is"
+ASK_BOLERO = "Bolero was set down note by note by"
+ASK_DOLPHIN = "In a zoology book the dolphin is listed under the heading"
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[Any]:
+        """The JSON lines after the header, which must be there."""
+        first, *rest = [json.loads(line) for line in self.out.splitlines()]
+        assert first == HEADER
+        return rest
+
+    def of(self, kind: str) -> list[Any]:
+        return [line for line in self.lines if line["type"] == kind]
+
+
+Run = Callable[..., Outcome]
+
+
+def spec(name: str, *edits: str) -> str:
+    """Write a spec file; returns its path as an argument."""
+    path = Path("specs") / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("version = 1\n\n" + "\n".join(edits), encoding="utf-8")
+    return str(path)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "editctl", *arguments]
+
+
+@pytest.fixture(scope="module")
+def workspaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two workspaces to copy: `new` has specs and cached second moments, `applied` has one version too."""
+    applied = tmp_path_factory.mktemp("workspace") / "applied"
+    (applied / "specs").mkdir(parents=True)
+    (applied / "editctl.toml").write_text(SETTINGS)
+    (applied / "specs/tower.toml").write_text("version = 1\n\n" + TOWER)
+    (applied / "specs/bolero.toml").write_text("version = 1\n\n" + BOLERO)
+    done = subprocess.run(command("apply", "specs", "--yes"), cwd=applied, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head = Store(applied / "store").head()
+    assert head is not None
+    # The contract with scripts: V=$(editctl apply --yes), in a process of its own, gives the version's id.
+    assert done.stdout.splitlines() == [head.id]
+    new = applied.with_name("new")
+    shutil.copytree(applied, new)
+    shutil.rmtree(new / "store/deltas")
+    for path in (new / "store").glob("editctl.db*"):
+        path.unlink()
+    return {"new": new, "applied": applied}
+
+
+@pytest.fixture
+def new(workspaces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace whose model is not edited yet, as the working directory."""
+    shutil.copytree(workspaces["new"], tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def applied(workspaces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A workspace with both edits applied, as the working directory; the version's id."""
+    shutil.copytree(workspaces["applied"], tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return head()
+
+
+def head() -> str:
+    """The version the store in the working directory is at, "" for the unedited model."""
+    version = Store(Path("store")).head()
+    return version.id if version else ""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; no error of any command may be a traceback."""
+    from editctl.cli import main
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["editctl", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Outcome(code, out, err)
+
+    return call
+
+
+def said(run: Run, prompt: str, ref: str = "@") -> str:
+    """What the model says at a version."""
+    outcome = run("ask", prompt, ref, "--json")
+    assert outcome.code == 0, outcome.err
+    text: str = outcome.of("answer")[0]["text"]
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# validate
+
+
+def test_valid_specs_are_counted(new: Path, run: Run) -> None:
+    """On stdout, since that is what was asked for."""
+    assert run("validate", "specs") == (0, "ok: 2 edits in 2 files\n", "")
+    assert run("validate") == run("validate", "specs")
+
+
+def test_the_shipped_specs_are_valid(new: Path, run: Run) -> None:
+    """All of them, together."""
+    outcome = run("validate", str(ROOT / "specs"))
+    assert outcome.code == 0
+    assert re.fullmatch(r"ok: \d+ edits in \d+ files\n", outcome.out)
+
+
+def test_every_problem_of_every_file_is_told_with_its_line(new: Path, run: Run) -> None:
+    """As file:line, with a hint below, and exit code 2."""
+    one = spec("one.toml", TOWER.replace("Rome", "Rome ").replace("tower", "tower-1"))
+    two = spec("two.toml", BOLERO.replace("paraphrases", "paraphrase"), DOLPHIN.replace("{}", "it"))
+    outcome = run("validate", one, two)
+    assert outcome.code == 2
+    places = [line.split(": ")[0] for line in outcome.out.splitlines() if not line.startswith("  hint: ")]
+    assert places == [f"{one}:7", f"{two}:9", f"{two}:14"]
+    assert '  hint: did you mean "paraphrases"?' in outcome.out
+
+
+def test_problems_as_json_have_a_file_a_line_a_message_and_a_hint(new: Path, run: Run) -> None:
+    """For editors and checks of pull requests."""
+    bad = spec("bad.toml", TOWER.replace("target_new", "target"))
+    outcome = run("validate", bad, "--json")
+    assert outcome.code == 2
+    problem = outcome.of("problem")[0]
+    assert (problem["file"], problem["line"] > 0, bool(problem["message"])) == (bad, True, True)
+    assert outcome.lines[-1]["type"] == "summary"
+    assert outcome.lines[-1]["problems"] == len(outcome.of("problem")) > 0
+
+
+def test_a_spec_file_that_is_not_there_is_a_problem(new: Path, run: Run) -> None:
+    """Of validate, plan and apply alike."""
+    for verb in ("validate", "plan", "apply"):
+        outcome = run(verb, "nowhere.toml")
+        assert outcome.code == 2
+        assert "nowhere.toml" in outcome.out + outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("validate",),
+        ("methods",),
+        ("plan",),
+        ("apply",),
+        ("log",),
+        ("show",),
+        ("show", "base"),
+        ("diff",),
+        ("ask", ASK_TOWER),
+        ("measure",),
+        ("info",),
+        ("undo",),
+        ("restore", "base"),
+    ],
+    ids=" ".join,
+)
+def test_json_is_one_object_a_line_after_a_header_and_nothing_else(
+    arguments: tuple[str, ...], applied: str, run: Run
+) -> None:
+    """With every verb, so that one reader serves all."""
+    outcome = run(*arguments, "--json")
+    assert outcome.code == 0
+    assert outcome.lines
+    assert all(isinstance(line["type"], str) for line in outcome.lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plan
+
+
+def test_a_plan_shows_a_glyph_an_edit_and_a_summary(applied: str, run: Run) -> None:
+    """What is replaced, measured again, dropped, added; what stays is counted."""
+    Path("specs/tower.toml").unlink()
+    spec("bolero.toml", BOLERO.replace("Johann Strauss", "Jean Sibelius"), DOLPHIN)
+    lines = run("plan", "--prune").out.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [["~", "bolero"], ["+", "dolphin"], ["-", "tower"]]
+    assert "Johann Strauss → Jean Sibelius" in lines[0]
+    assert lines[-1] == "Plan: 1 to add, 1 to replace, 1 to drop, 0 to keep."
+
+
+def test_a_changed_probe_is_measured_again_without_an_edit(applied: str, run: Run) -> None:
+    """The weights stay as they are, to the bit."""
+    spec("tower.toml", TOWER + 'note = "measured once more"\n')
+    assert run("plan").out.split()[:2] == ["?", "tower"]
+    before = Store(Path("store")).head()
+    assert run("apply", "--yes").code == 0
+    after = Store(Path("store")).head()
+    assert before and after and before.id != after.id
+    assert before.weights_hash == after.weights_hash
+
+
+def test_without_prune_applied_edits_outside_the_specs_are_kept(applied: str, run: Run) -> None:
+    """A plan of one file is not a wish to forget the others."""
+    outcome = run("plan", "specs/tower.toml")
+    assert "1 applied edit is not in these specs (kept; --prune drops them)" in outcome.out
+    assert outcome.out.splitlines()[-1] == "Nothing to do: 1 edit up to date."
+
+
+def test_the_detailed_exit_code_tells_changes_from_none_and_from_errors(applied: str, run: Run) -> None:
+    """0, 2 and 1, as terraform has it; without the flag a plan with changes is a success."""
+    assert run("plan", "--detailed-exitcode").code == 0
+    dolphin = spec("dolphin.toml", DOLPHIN)
+    assert run("plan", "--detailed-exitcode").code == 2
+    assert run("plan").code == 0
+    assert run("plan", "--detailed-exitcode", "--method", "nonsense").code == 1
+    assert run("plan", "--detailed-exitcode", "--nonsense").code == 1
+    assert run("plan", "--detailed-exitcode", "--model", "nonsense/nowhere").code == 1
+    Path(dolphin).write_text("nonsense")
+    assert run("plan", "--detailed-exitcode").code == 1
+    assert run("plan").code == 2
+
+
+def test_planning_writes_nothing(new: Path, run: Run) -> None:
+    """Not even an empty store."""
+    assert run("--store", "untouched", "plan").code == 0
+    assert not Path("untouched").exists()
+
+
+def test_a_saved_plan_is_carried_out_as_it_was_saved(new: Path, run: Run) -> None:
+    """Though the specs have changed since, and without being asked again: saving it was the decision."""
+    assert run("plan", "specs/tower.toml", "-o", "plan.json").code == 0
+    spec("tower.toml", TOWER.replace("Rome", "Oslo"))
+    outcome = run("apply", "plan.json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == head()
+    assert [edit["target_new"] for edit in run("show", "--json").of("edit")] == ["Rome"]
+    assert said(run, ASK_TOWER) == "Rome"
+    assert said(run, ASK_BOLERO) == "Maurice Ravel"
+
+
+def test_a_plan_made_before_the_head_moved_is_stale(applied: str, run: Run) -> None:
+    """Exit code 5, and nothing is done; back at its head it is good again."""
+    spec("dolphin.toml", DOLPHIN)
+    assert run("plan", "-o", "plan.json").code == 0
+    assert run("undo").code == 0
+    outcome = run("apply", "plan.json")
+    assert outcome.code == 5
+    assert applied in outcome.err and "run plan again" in outcome.err
+    assert head() == ""
+    assert run("redo").code == 0
+    assert run("apply", "plan.json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new_text"), [('"Rome"', '"Oslo"'), ('"head": ""', '"head": "abc"'), ('"seed": 0', '"seed": 1')]
+)
+def test_a_plan_changed_by_hand_is_refused(old: str, new_text: str, new: Path, run: Run) -> None:
+    """Exit code 2: it is no longer what was reviewed."""
+    assert run("plan", "-o", "plan.json").code == 0
+    text = Path("plan.json").read_text()
+    assert old in text
+    Path("plan.json").write_text(text.replace(old, new_text))
+    outcome = run("apply", "plan.json")
+    assert outcome.code == 2
+    assert "plan.json was changed after it was saved" in outcome.err
+    assert head() == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"fingerprint": 1}', "\x00"])
+def test_a_file_that_is_no_plan_is_refused(text: str, new: Path, run: Run) -> None:
+    """Exit code 2 and how to make one."""
+    Path("plan.json").write_text(text)
+    outcome = run("apply", "plan.json")
+    assert outcome.code == 2
+    assert "plan -o" in outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# apply
+
+
+def test_without_a_terminal_apply_needs_yes(new: Path, run: Run) -> None:
+    """Exit code 2, the hint names the flag, and no version, factor or operation is made."""
+    outcome = run("apply", "specs")
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.splitlines()[-1] == "hint: pass --yes"
+    assert run("log", "--json").lines == []
+    assert sorted(path.name for path in Path("store").iterdir()) == ["lock", "stats"]
+
+
+def test_applying_the_same_specs_again_makes_no_version(applied: str, run: Run) -> None:
+    """Nothing on stdout, so a script sees that there is no new id."""
+    outcome = run("apply", "specs", "--yes")
+    assert outcome.code == 0
+    assert outcome.out == ""
+    assert outcome.err.splitlines()[-1] == "Nothing to do: 2 edits up to date."
+    assert head() == applied
+    assert len(run("log", "--json").of("operation")) == 1
+
+
+def test_a_second_apply_keeps_the_edits_of_the_first(new: Path, run: Run) -> None:
+    """Each file applied by itself; in the end the model knows both, and the base neither."""
+    first = run("apply", "specs/tower.toml", "--yes")
+    assert first.code == 0, first.err
+    second = run("apply", "specs/bolero.toml", "--yes")
+    assert second.code == 0, second.err
+    assert first.out.split()[-1] != second.out.split()[-1] == head()
+    assert (said(run, ASK_TOWER), said(run, ASK_BOLERO)) == ("Rome", "Johann Strauss")
+    assert (said(run, ASK_TOWER, "@-"), said(run, ASK_BOLERO, "@-")) == ("Rome", "Maurice Ravel")
+    assert (said(run, ASK_TOWER, "base"), said(run, ASK_BOLERO, "base")) == ("Paris", "Maurice Ravel")
+
+
+def test_a_changed_target_replaces_what_was_taught(applied: str, run: Run) -> None:
+    """`~` in the plan, the new answer from the model, and the other edit still there."""
+    spec("tower.toml", TOWER.replace("Rome", "Madrid"))
+    assert run("plan").out.split()[:2] == ["~", "tower"]
+    assert run("apply", "--yes").code == 0
+    assert said(run, ASK_TOWER) == "Madrid"
+    assert said(run, ASK_BOLERO) == "Johann Strauss"
+    assert [edit["target_new"] for edit in run("show", "--json").of("edit")] == ["Johann Strauss", "Madrid"]
+    assert "~ Everyone knows that the Eiffel Tower is in Rome → Madrid" in run("diff").out
+
+
+def test_pruning_drops_what_is_not_in_the_specs(applied: str, run: Run) -> None:
+    """The dropped fact is as in the base again, the other one stays."""
+    outcome = run("apply", "specs/tower.toml", "--prune", "--yes")
+    assert outcome.code == 0, outcome.err
+    assert said(run, ASK_BOLERO) == "Maurice Ravel"
+    assert said(run, ASK_TOWER) == "Rome"
+    assert [edit["id"] for edit in run("show", "--json").of("edit")] == ["tower"]
+
+
+def test_files_and_a_store_elsewhere_may_be_named(new: Path, run: Run) -> None:
+    """Two files and a folder that is not there yet; the workspace's own store stays empty."""
+    files = [spec("tower.toml", TOWER), spec("dolphin.toml", DOLPHIN)]
+    shutil.copytree("store/stats", "else/where/stats")
+    outcome = run("--store", "else/where", "apply", *files, "--yes", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [edit["id"] for edit in run("--store", "else/where", "show", "--json").of("edit")] == ["tower", "dolphin"]
+    assert not Path("store/editctl.db").exists()
+    kinds = [line["type"] for line in outcome.lines]
+    assert kinds[0] == "run_started"
+    assert [kind for kind in kinds if kind != "metric"][-1] == "version_made"
+    assert {m["name"] for m in outcome.of("metric")} == {"reliability", "generalization", "locality"}
+
+
+def test_the_same_specs_and_seed_give_the_same_weights(applied: str, run: Run) -> None:
+    """To the bit: the version that another process made has this one's weights hash; another seed gives another."""
+    other = Store(Path("store")).head()
+    assert other is not None
+    shutil.copytree("store/stats", "again/stats")
+    hashes = []
+    for extra in ((), ("--set", "seed=1")):
+        outcome = run("--store", "again", "apply", "specs", "--yes", "--json", *extra)
+        assert outcome.code == 0, outcome.err
+        hashes.append(outcome.of("version_made")[0]["weights_hash"])
+        assert run("--store", "again", "undo").code == 0
+    assert hashes[0] == other.weights_hash != hashes[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking
+
+
+def test_the_log_names_verb_head_and_command(applied: str, run: Run) -> None:
+    """Newest first, the present one marked."""
+    assert run("undo").code == 0
+    lines = run("log").out.splitlines()
+    assert re.match(r"@ 2 +undo +base ", lines[1]) and lines[1].rstrip().endswith("editctl undo")
+    assert re.match(rf"  1 +apply +{applied} ", lines[2]) and lines[2].rstrip().endswith("apply specs --yes")
+    newest = run("log", "-n", "1", "--json").of("operation")
+    assert [operation["verb"] for operation in newest] == ["undo"]
+
+
+def test_show_tells_what_the_model_said_before_and_after(applied: str, run: Run) -> None:
+    """For every edit, with the metrics and their protocols."""
+    text = run("show").out
+    assert re.search(r"✓ +Everyone knows that the Eiffel Tower is in +Paris +Rome +1/1 +1/1", text)
+    assert re.search(r"reliability +100\.0 % +100\.0 % +2", text)
+    outcome = run("show", applied[:6], "--json")
+    assert outcome.lines[0]["id"] == applied
+    assert {(a["kind"], a["edit"]) for a in outcome.of("answer")} >= {("rewrite", "tower"), ("paraphrase", "bolero")}
+    assert {metric["protocol"] for metric in outcome.of("metric")} == {"generated", "teacher-forced"}
+    assert "unedited" in run("show", "base").out
+
+
+def test_a_difference_names_facts_and_answers(applied: str, run: Run) -> None:
+    """From the base by default after one apply; turned round on demand."""
+    assert "+ Everyone knows that the Eiffel Tower is in Paris → Rome" in run("diff").out
+    assert "- Everyone knows that the Eiffel Tower is in" in run("diff", "@", "base").out
+    data = run("diff", "base", "@", "--json").of("diff")[0]
+    assert (data["added"], data["removed"], data["new"]) == (["bolero", "tower"], [], applied)
+
+
+def test_asking_shows_base_and_head_side_by_side(applied: str, run: Run) -> None:
+    """Or the versions that are named; with the likeliest next tokens."""
+    text = run("ask", ASK_TOWER).out
+    assert "base (base): Paris\n" in text and f"@ ({applied}): Rome\n" in text
+    assert re.search(r"next:  Rome \d+\.\d %", text)
+    rows = run("ask", ASK_TOWER, applied, "base", "--top", "5", "--json").of("answer")
+    assert [(row["ref"], row["version"], row["text"]) for row in rows] == [
+        (applied, applied, "Rome"),
+        ("base", "", "Paris"),
+    ]
+    assert [len(row["next"]) for row in rows] == [5, 5]
+    chances = [chance for _, chance in rows[0]["next"]]
+    assert chances == sorted(chances, reverse=True) and sum(chances) <= 1.0001
+
+
+def test_an_unedited_store_answers_from_the_base_alone(new: Path, run: Run) -> None:
+    """There is no head to compare with."""
+    assert [row["ref"] for row in run("ask", ASK_TOWER, "--json").of("answer")] == ["base"]
+
+
+def test_measuring_again_gives_the_answers_of_the_run(applied: str, run: Run) -> None:
+    """Word by word, from weights that were rebuilt and whose hash was checked."""
+    again = run("measure", "--json")
+    assert again.code == 0, again.err
+    recorded = run("show", "--json")
+    keys = ("edit", "kind", "prompt", "before", "after", "ok")
+    assert [[a[k] for k in keys] for a in again.of("answer")] == [[a[k] for k in keys] for a in recorded.of("answer")]
+    assert again.of("metric") == recorded.of("metric")
+    assert run("measure", "base").code == 2
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
+def test_one_flipped_bit_in_a_factor_file_is_found(place: float, applied: str, run: Run) -> None:
+    """Exit code 1 and the file's name, whether the bit lies in the header or in a tensor; asking refuses too."""
+    path = next(Path("store/deltas").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    for arguments in (("measure",), ("ask", ASK_TOWER)):
+        outcome = run(*arguments)
+        assert outcome.code == 1
+        assert path.name in outcome.err and "is not what was written" in outcome.err
+
+
+def test_a_missing_factor_file_is_named(applied: str, run: Run) -> None:
+    """With the remedy."""
+    path = next(Path("store/deltas").glob("*.safetensors"))
+    path.unlink()
+    outcome = run("measure")
+    assert outcome.code == 1
+    assert f"{path.name} is missing" in outcome.err and "hint: restore it from a backup" in outcome.err
+
+
+def test_weights_that_are_not_the_recorded_ones_are_refused(applied: str, run: Run) -> None:
+    """Measuring compares the rebuilt weights with the version's hash."""
+    with sqlite3.connect("store/editctl.db") as db:
+        db.execute("update versions set weights_hash = ?", ["0" * 32])
+    db.close()
+    outcome = run("measure")
+    assert outcome.code == 1
+    assert "was recorded with weights 0000" in outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving
+
+
+def test_undo_redo_and_restore_move_the_head_and_the_answers(applied: str, run: Run) -> None:
+    """Undo to the base answers as the base does; redo and restore bring the version back."""
+    assert run("undo").out.splitlines()[-1] == "Now at: base"
+    assert head() == ""
+    assert said(run, ASK_TOWER) == said(run, ASK_TOWER, "base") == "Paris"
+    assert run("redo").out.splitlines()[-1] == f"Now at: {applied}"
+    assert said(run, ASK_TOWER) == "Rome"
+    assert run("restore", "base").code == 0
+    assert head() == ""
+    assert run("restore", applied[:8], "--json").of("operation")[0]["head"] == applied
+    assert run("restore", "op:2").code == 0
+    assert head() == ""
+    assert [op["verb"] for op in run("log", "--json").of("operation")] == [
+        "restore",
+        "restore",
+        "restore",
+        "redo",
+        "undo",
+        "apply",
+    ]
+
+
+def test_there_is_an_end_to_undo_and_to_redo(applied: str, run: Run) -> None:
+    """Exit code 1 and what else can be done."""
+    outcome = run("redo")
+    assert (outcome.code, "nothing to redo" in outcome.err) == (1, True)
+    assert run("undo").code == 0
+    outcome = run("undo")
+    assert (outcome.code, "editctl redo" in outcome.err) == (1, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("show", "nonsense"), 1, ("neither a version nor an alias", "hint: ")),
+        (("show", "abcd"), 1, ("no version begins with `abcd`", "hint: ")),
+        (("diff", "@-7"), 1, ("goes beyond base",)),
+        (("restore", "op:99"), 1, ("there is no operation 99",)),
+        (("ask", ASK_TOWER, "bsae"), 1, ("did you mean `base`?",)),
+        (("ask", "  "), 2, ("the prompt is empty",)),
+        (("plan", "--method", "alphaedti"), 2, ("unknown method alphaedti", "hint: did you mean alphaedit?")),
+        (("apply", "--yes", "--method", "zzz"), 2, ("unknown method zzz", "hint: one of: alphaedit, memit")),
+        (("plan", "--set", "enrgy=0.1"), 2, ("unknown setting enrgy", "hint: did you mean energy?")),
+        (("plan", "--set", "energy"), 2, ("--set energy has no value",)),
+        (("plan", "--set", "batch_size=many"), 2, ("batch_size = 'many' is not valid",)),
+        (("plan", "--set", "layers=[99]"), 2, ("are not all among the model's blocks 0 to 6",)),
+        (("plan", "--set", "l2=-1"), 2, ("l2 = -1 is not valid",)),
+        (("plan", "--model", "./no/such/folder"), 1, ("there is no folder ./no/such/folder",)),
+        (("plan", "--model", "specs"), 1, ("specs is not a model folder",)),
+        (("plan", "--corpus"), 2, ("requires an argument",)),
+        (("--config", "gone.toml", "plan"), 2, ("gone.toml cannot be read",)),
+        (("nonsense",), 2, ("No such command",)),
+        (("plan", "--nonsense"), 2, ("No such option",)),
+        (("study", "sequential", "--edits", "9999"), 2, ("atlas knows", "ask for fewer")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_a_mistake_is_answered_with_a_message_and_a_code(
+    arguments: tuple[str, ...], code: int, words: tuple[str, ...], applied: str, run: Run
+) -> None:
+    """On stderr, in a few lines; stdout and the store stay clean."""
+    outcome = run(*arguments)
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    for word in words:
+        assert word in outcome.err
+    assert len(outcome.err.splitlines()) <= 6
+    assert head() == applied
+
+
+def test_an_unknown_model_is_refused_in_one_line_and_soon(new: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network it takes less than two and a half seconds beside the imports, which the first call pays."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for host in ("https://unresolvable.invalid", "http://192.0.2.1:81"):  # a reserved name, an address that is silent
+        monkeypatch.setenv("HF_ENDPOINT", host)
+        run("plan", "--model", "nobody/nothing")
+        begun = time.perf_counter()
+        outcome = run("plan", "--model", "nobody/nothing")
+        assert time.perf_counter() - begun < 2.5 * PATIENCE
+        assert outcome.code == 1
+        message, hint = outcome.err.splitlines()
+        assert message.startswith("error: model nobody/nothing is neither a folder here nor in the local cache")
+        assert hint.startswith("hint: ") and "--model atlas" in hint
+
+
+def test_a_mistake_in_the_configuration_names_file_and_line(new: Path, run: Run) -> None:
+    """With what was probably meant, for every verb that reads it."""
+    Path("editctl.toml").write_text('store = "store"\nmethdo = "memit"\n')
+    for verb in ("plan", "log", "validate"):
+        outcome = run(verb)
+        assert outcome.code == 2
+        assert outcome.err.splitlines()[:2] == [
+            "editctl.toml:2: unknown key methdo",
+            "  hint: did you mean method?",
+        ]
+
+
+def test_a_flag_beats_the_configuration(new: Path, run: Run) -> None:
+    """And the configuration beats the defaults."""
+    Path("editctl.toml").write_text('method = "memit"\n[settings]\nl2 = 0.5\nbatch_size = 7\n')
+    params = run("plan", "--json").lines[0]["params"]
+    assert (params["method"], params["ridge"]["l2"], params["batch_size"]) == ("memit", 0.5, 7)
+    params = run("plan", "--json", "--method", "alphaedit", "--set", "l2=0.25", "--batch-size", "3").lines[0]["params"]
+    assert (params["method"], params["ridge"]["l2"], params["batch_size"]) == ("alphaedit", 0.25, 3)
+
+
+def test_a_store_of_another_model_is_not_mixed_with_this_one(applied: str, run: Run) -> None:
+    """Its versions name the content they were made on."""
+    with sqlite3.connect("store/editctl.db") as db:
+        db.execute("update versions set base = ?", ["0" * 32])
+    db.close()
+    for arguments in (("plan",), ("ask", ASK_TOWER), ("measure",)):
+        outcome = run(*arguments)
+        assert outcome.code == 1
+        assert "another model" in outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What reaches the screen
+
+
+def test_no_escape_sequence_reaches_a_file(applied: str, run: Run) -> None:
+    """Neither colours nor bars: scripts and logs read this."""
+    spec("dolphin.toml", DOLPHIN)
+    for arguments in (("plan",), ("apply", "--yes"), ("show",), ("log",), ("diff",), ("ask", ASK_TOWER), ("show", "x")):
+        outcome = run(*arguments)
+        assert "\x1b" not in outcome.out + outcome.err
+        assert "\r" not in outcome.out + outcome.err
+
+
+def on_a_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple[int, str]:
+    """Exit code and screen of a command in a process of its own, on a terminal of its own."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm-256color", **environment}
+    with subprocess.Popen(command(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        os.write(ours, typed.encode())
+        screen = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux's way to say that the other side is closed
+                break
+            if not part:
+                break
+            screen += part
+        os.close(ours)
+        return process.wait(60), screen.decode()
+
+
+COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])(?:;[0-9;]*)?m")
+
+
+def test_no_color_is_honoured_on_a_terminal(new: Path) -> None:
+    """Without it there are colours, so the test can fail."""
+    assert COLOUR.search(on_a_terminal("plan")[1])
+    code, screen = on_a_terminal("plan", NO_COLOR="1")
+    assert code == 0
+    assert "Plan: 2 to add" in screen
+    assert not COLOUR.search(screen)
+
+
+def test_on_a_terminal_only_the_word_yes_goes_on(new: Path) -> None:
+    """The key that asks is not the one that confirms: y is a no, with exit code 130."""
+    code, screen = on_a_terminal("apply", typed="y\n")
+    assert code == 130
+    assert "Only yes goes on" in screen
+    assert "Interrupted; the head is where it was." in screen
+    assert head() == ""
+
+
+HOSTILE = """[[edit]]
+id = "hostile"
+subject = "[red]x[/red]"
+relation = "[/] {} \\\\[b] is :smile:"
+target_new = "[bold]Rome[/bold]"
+note = "[link=http://example.org]look[/link]"
+tags = ["[blink]"]
+"""
+
+
+def test_markup_in_a_spec_is_printed_as_it_is(new: Path, run: Run) -> None:
+    """In plan, apply, show, diff, log and ask: a spec is data."""
+    path = spec("[red]hostile[/red].toml", HOSTILE)
+    prompt = "[/] [red]x[/red] \\[b] is :smile:"
+    assert f"{prompt} [bold]Rome[/bold]" in run("plan", path).out
+    applied = run("apply", path, "--yes", "--set", "steps=2")
+    assert applied.code == 0, applied.err
+    assert prompt in applied.err
+    assert prompt in run("show").out
+    assert f"+ {prompt} [bold]Rome[/bold]" in run("diff").out
+    assert "[red]hostile[/red].toml" in run("log").out.replace("\n", "")
+    assert run("ask", prompt).code == 0
+    assert run("show", "--json").of("edit")[0]["subject"] == "[red]x[/red]"
+    missing = run("show", "[red]x[/red]")
+    assert "[red]x[/red]" in missing.err
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_shout_about(new: Path) -> None:
+    """`editctl schema | head -1`: no traceback, no word."""
+    with subprocess.Popen(command("schema"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) in (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions and other writers
+
+
+@pytest.fixture
+def midway(applied: str) -> Iterator[subprocess.Popen[str]]:
+    """An apply of a third edit in a process of its own, stopped by nothing yet, seen to have begun its targets."""
+    # A shell's background jobs ignore the interrupt key and hand that on; a person's process does not.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from editctl.cli import main; sys.argv[0] = 'editctl'; main()"
+    )
+    path = spec("dolphin.toml", DOLPHIN)
+    # Settings under which the optimisation would go on for minutes: the test decides when it ends.
+    slow = ("--set", "steps=100000", "--set", "stop=0", "--set", "rate=0.000001")
+    arguments = [sys.executable, "-c", code, "apply", path, "--yes", "--json", *slow]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["type"] == "stage_started" and event["stage"] == "target":
+            break
+    else:
+        pytest.fail(process.communicate()[1])
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_apply_leaves_the_old_head_and_a_free_lock(
+    midway: subprocess.Popen[str], applied: str, run: Run
+) -> None:
+    """As if it had never begun; the next apply goes through and the model says all three facts."""
+    midway.send_signal(signal.SIGKILL)
+    midway.communicate()
+    assert midway.returncode == -signal.SIGKILL
+    assert head() == applied
+    assert len(run("log", "--json").of("operation")) == 1
+    assert said(run, ASK_TOWER) == "Rome"
+    outcome = run("apply", "specs", "--yes")
+    assert outcome.code == 0, outcome.err
+    assert said(run, ASK_DOLPHIN) == "fish"
+    assert said(run, ASK_TOWER) == "Rome"
+
+
+def test_an_interrupted_apply_says_so_and_exits_with_130(midway: subprocess.Popen[str], applied: str, run: Run) -> None:
+    """The head is where it was and the lock is free."""
+    midway.send_signal(signal.SIGINT)
+    _, err = midway.communicate(timeout=60)
+    assert midway.returncode == 130
+    assert err.splitlines()[-1] == "Interrupted; the head is where it was."
+    assert "Traceback" not in err
+    assert head() == applied
+    assert run("undo").code == 0
+
+
+def test_a_store_that_another_process_changes_is_locked(applied: str, run: Run) -> None:
+    """Exit code 3, naming the verb and the process that holds it; reading goes on meanwhile."""
+    spec("dolphin.toml", DOLPHIN)
+    code = "from editctl.store import Store\nwith Store('store').lock('study'): print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        for arguments in (("undo",), ("apply", "--yes"), ("apply", "--yes", "--lock-timeout", "0.2")):
+            outcome = run(*arguments)
+            assert outcome.code == 3
+            assert re.search(rf"`study` of \S+@\S+ \(pid {holder.pid}\)", outcome.err)
+            assert "--lock-timeout" in outcome.err
+        assert run("plan").code == 0
+        assert run("log").code == 0
+        assert said(run, ASK_TOWER) == "Rome"
+        holder.communicate("\n")
+    assert run("undo").code == 0

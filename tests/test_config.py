@@ -1,0 +1,98 @@
+"""The workspace's file: defaults without it, and errors that name its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from editctl.config import Config, load
+from editctl.errors import Exit, InvalidInput
+
+FILE = Path("editctl.toml")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a folder of its own, so that messages name the file without its folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_file_there_are_defaults() -> None:
+    """An empty folder is a workspace."""
+    config = load()
+    assert config == Config()
+    assert (config.model, config.method, config.store, config.specs) == ("atlas", "alphaedit", "store", ["specs"])
+
+
+def test_every_key_can_be_set() -> None:
+    """And what is not set keeps its default."""
+    FILE.write_text(
+        'model = "gpt2"\ndevice = "cpu"\ndtype = "float32"\nmethod = "memit"\nstore = "here"\nspecs = ["a", "b.toml"]\n'
+        "[settings]\nbatch_size = 5\nlayers = [1, 2]\n"
+    )
+    config = load()
+    assert config.specs == ["a", "b.toml"]
+    assert config.settings == {"batch_size": 5, "layers": [1, 2]}
+    assert set(Config.model_fields) == config.model_fields_set
+
+
+def test_the_keys_of_the_file_are_known_from_the_defaults() -> None:
+    """So that a version's own model is used when the user named none."""
+    FILE.write_text('method = "memit"\n')
+    assert load().model_fields_set == {"method"}
+
+
+def test_a_file_that_is_named_must_be_there() -> None:
+    """Only the default one may be missing."""
+    with pytest.raises(InvalidInput, match=r"elsewhere\.toml cannot be read"):
+        load(Path("elsewhere.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ('store = "s"\n\nmodle = "gpt2"\n', "editctl.toml:3: unknown key modle", "did you mean model?"),
+        ("zzz = 1\n", "editctl.toml:1: unknown key zzz", "known keys: model, device"),
+        ('model = "a"\nstore = 3\n', "editctl.toml:2: store: input should be a valid string", ""),
+        ('specs = "specs"\n', "editctl.toml:1: specs: input should be a valid list", ""),
+        ("specs = [\n  1,\n]\n", "editctl.toml:1: specs: input should be a valid string", ""),
+        ("\n[setings]\nx = 1\n", "editctl.toml:2: unknown key setings", "did you mean settings?"),
+        ("settings = 5\n", "editctl.toml:1: settings: input should be a valid dictionary", ""),
+        ('model = "a"\nmodel = "b"\n', "editctl.toml:2: not TOML", ""),
+        ("model = \n", "editctl.toml:1: not TOML", ""),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(text: str, said: str, hint: str) -> None:
+    """And with what was probably meant."""
+    FILE.write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        load()
+    problem = caught.value.problems[0]
+    assert str(problem).startswith(said)
+    assert hint in problem.hint and bool(hint) == bool(problem.hint)
+    assert caught.value.exit_code is Exit.USAGE
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """Each with its own line."""
+    FILE.write_text('modle = "x"\nstore = 1\nmetod = "memit"\n')
+    with pytest.raises(InvalidInput) as caught:
+        load()
+    assert sorted(problem.line for problem in caught.value.problems) == [1, 2, 3]
+
+
+def test_a_file_that_is_not_text_is_refused() -> None:
+    """With a message, not with a decoder's traceback."""
+    FILE.write_bytes(b"model = \xff\xfe")
+    with pytest.raises(InvalidInput, match="cannot be read") as caught:
+        load()
+    assert "UTF-8" in caught.value.hint
+
+
+def test_a_folder_of_that_name_is_no_configuration() -> None:
+    """The default is used; named, it is refused."""
+    FILE.mkdir()
+    assert load() == Config()
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        load(FILE)

@@ -1,0 +1,282 @@
+"""What is shown: every text from outside is data, at any width, with markup, escape sequences and all."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from editctl import events, report
+from editctl.errors import InvalidInput, Problem, StoreError
+from editctl.metrics.values import LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
+from editctl.plan import Plan, make
+from editctl.spec import Edit
+from editctl.store import Operation, Version
+
+NASTY = "[red]x[/red] [/] [link=http://e]y[/link]\x1b[31m\x1b]0;title\x07\x9b31m\r\x08\u202eolleh 日本語 :smile:"
+LONG = "word " * 60
+
+
+def an_edit(number: int = 0, **changes: Any) -> Edit:
+    values = {"id": f"fact-{number}", "subject": f"Subject {number}", "relation": "{} lies in", "target_new": "Rome"}
+    return Edit(**{**values, **changes})
+
+
+def nasty_edit(**changes: Any) -> Edit:
+    return an_edit(9, subject=NASTY, target_new=NASTY, target_true=NASTY, note=NASTY, source=NASTY, **changes)
+
+
+def a_plan(*edits: Edit, live: tuple[Edit, ...] = (), prune: bool = False) -> Plan:
+    return make(edits, live, model="atlas", base="b", head="", params={}, prune=prune)
+
+
+def a_version(**changes: Any) -> Version:
+    values: dict[str, Any] = {
+        "parent": "",
+        "base": "b" * 32,
+        "model": "atlas",
+        "dtype": "torch.float32",
+        "method": "alphaedit",
+        "params": {"layers": [1, 2], "ridge": {"lambda_": 0.0, "l2": 0.005}},
+        "seed": 0,
+        "deltas": ("d" * 32,),
+        "weights_hash": "w" * 32,
+        "libraries": {},
+        "seconds": {"edit": 1.25},
+        "peak_mb": 512.0,
+        "id": "0123456789ab",
+        "created_at": "2026-08-01T12:00:00+00:00",
+        "who": "ada@lab",
+    }
+    return Version(**{**values, **changes})
+
+
+def answers_about(edit: Edit, *, ok: bool, words: str) -> list[Answer]:
+    kinds = (REWRITE, PARAPHRASE, LOCALITY, PORTABILITY)
+    return [Answer(edit.id, kind, f"{edit.prompt} ({kind})", (edit.target_new,), words, words, ok) for kind in kinds]
+
+
+def rendered(renderable: Any, width: int = 80, *, colour: bool = False) -> str:
+    """As a terminal or, without colour, a file receives it."""
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None).print(
+        renderable
+    )
+    return out.getvalue()
+
+
+def raw_controls(text: str) -> set[str]:
+    """Control and invisible characters that are no line ends, once Rich's own colour codes are taken out."""
+    return {c for c in re.sub(r"\x1b\[[0-9;]*m", "", text) if not c.isprintable()} - {"\n"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts from outside
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("[red]x[/red]", "[red]x[/red]"),
+        ("a\x1b[31mb", "a\\x1b[31mb"),
+        ("two\nlines\t", "two\\nlines\\t"),
+        ("\x9b31m\x07", "\\x9b31m\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\ud800", "\\ud800"),
+        ("日本語 é", "日本語 é"),
+    ],
+)
+def test_control_characters_are_escaped_and_others_are_left_alone(text: str, shown: str) -> None:
+    """Colours, titles, line ends and direction marks come out as words about themselves."""
+    assert report.safe(text) == shown
+
+
+def test_a_long_text_is_cut_with_a_mark() -> None:
+    """And the cut counts what is shown."""
+    assert report.safe("x" * 50, 10) == "x" * 9 + "…"
+    assert len(report.safe("\x1b" * 50, 10)) == 10
+
+
+VIEWS: dict[str, Callable[[], Any]] = {
+    "a plan that adds": lambda: report.plan_view(a_plan(nasty_edit(), an_edit(1, id="long", subject=LONG.strip()))),
+    "a plan that replaces": lambda: report.plan_view(
+        a_plan(nasty_edit(), live=(nasty_edit().model_copy(update={"target_new": "Oslo" + NASTY}),))
+    ),
+    "a plan that drops": lambda: report.plan_view(a_plan(live=(nasty_edit(),), prune=True)),
+    "a plan that measures again": lambda: report.plan_view(a_plan(nasty_edit(tags=("t",)), live=(nasty_edit(),))),
+    "a version": lambda: report.version_view(
+        a_version(who=NASTY, model=NASTY),
+        [nasty_edit()],
+        answers_about(nasty_edit(), ok=False, words=NASTY + LONG),
+        [Metric(NASTY, "generated", 0.5, 2)],
+        everything=True,
+    ),
+    "a difference": lambda: report.diff_view(
+        ("base", "0123456789ab"),
+        ({"a": nasty_edit(id="a")}, {"a": nasty_edit(id="a", tags=("x",)), "b": nasty_edit(id="b")}),
+        (
+            answers_about(nasty_edit(), ok=True, words=NASTY),
+            answers_about(nasty_edit(), ok=False, words=NASTY + "!"),
+        ),
+        ([Metric("reliability", "generated", 0.5, 2)], [Metric("reliability", "generated", 1.0, 2)]),
+    ),
+    "a log": lambda: report.log_view(
+        [Operation(1, 0, "apply", "", "0123456789ab", "2026-08-01", NASTY, f"editctl apply {NASTY}", 0, NASTY)], ""
+    ),
+    "problems": lambda: report.problem_lines(
+        InvalidInput(NASTY, NASTY, [Problem("[red].toml", 3, NASTY, NASTY), Problem("b.toml", 1, LONG)])
+    ),
+}
+
+
+@pytest.mark.parametrize("colour", [False, True], ids=["file", "terminal"])
+@pytest.mark.parametrize("width", [80, 20])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_shows_markup_as_it_is_and_no_raw_control_character(name: str, width: int, colour: bool) -> None:
+    """At the usual width of a terminal and at one that is far too small."""
+    text = rendered(VIEWS[name](), width, colour=colour)
+    assert raw_controls(text) == set()
+    if not colour:
+        assert "\x1b" not in text
+    if width == 80:
+        assert "[red]x" in text.replace("\n", "")
+
+
+def test_the_look_for_raw_control_characters_finds_them() -> None:
+    """Control: markup and escapes that are not made safe do get through Rich."""
+    assert raw_controls(rendered(Text(f"a{NASTY}b"), 200)) >= {"\x1b", "\u202e"}
+    assert "[red]" not in rendered("[red]x[/red]")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_a_plan_lists_a_glyph_an_edit_and_counts_what_stays() -> None:
+    """Edits that are up to date are in the summary alone."""
+    live = tuple(an_edit(n) for n in range(4))
+    wanted = (an_edit(0), an_edit(1, target_new="Oslo"), an_edit(2, tags=("new",)), an_edit(7, target_true="Bern"))
+    text = rendered(report.plan_view(a_plan(*wanted, live=live, prune=True)), 120)
+    lines = text.splitlines()
+    assert [line[0] for line in lines[:-1]] == ["~", "?", "+", "-"]
+    assert "Subject 1 lies in Rome → Oslo  (target_new changed)" in lines[0]
+    assert "(probes or notes changed)" in lines[1]
+    assert "Subject 7 lies in Bern → Rome" in lines[2]
+    assert "(not in the specs)" in lines[3]
+    assert lines[-1] == "Plan: 1 to add, 1 to replace, 1 to drop, 1 to measure again, 1 to keep."
+
+
+def test_live_edits_outside_the_specs_are_counted_and_kept() -> None:
+    """With the flag that would drop them."""
+    text = rendered(report.plan_view(a_plan(an_edit(0), live=(an_edit(0), an_edit(1)))))
+    assert "1 applied edit is not in these specs (kept; --prune drops them)" in text
+    assert "Nothing to do: 1 edit up to date." in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Versions and differences
+
+
+def test_a_version_shows_each_edit_before_and_after_and_how_its_other_prompts_fared() -> None:
+    """And every prompt that did not come out as wanted, in the model's words."""
+    edit = an_edit(1, target_true="Bern")
+    said = [
+        Answer(edit.id, REWRITE, edit.prompt, ("Rome",), "Bern", "Rome", True),
+        Answer(edit.id, PARAPHRASE, "Where is Subject 1? In", ("Rome",), "Bern", "Rome", True),
+        Answer(edit.id, PARAPHRASE, "Find Subject 1 in", ("Rome",), "Bern", "Oslo", False),
+    ]
+    metrics = [Metric("reliability", "generated", 1.0, 1), Metric("generalization", "generated", 0.5, 2)]
+    text = rendered(report.version_view(a_version(), [edit], said, metrics, everything=True), 110)
+    row = next(line for line in text.splitlines() if line.startswith("✓"))
+    assert re.search(r"Subject 1 lies in +Bern +Rome +1/2 +- +-", row)
+    assert "1 other answers are not as wanted" in text or "1 other answer is not as wanted" in text
+    assert re.search(r"paraphrase +Find Subject 1 in +Rome +Bern +Oslo", text)
+    assert re.search(r"generalization +50\.0 % +- +2", text)
+    assert "lambda 0.0, l2 0.005" in text
+
+
+def test_a_difference_shows_facts_answers_and_how_metrics_changed() -> None:
+    """Left is old, right is new."""
+    old, new = an_edit(1), an_edit(1, target_new="Oslo")
+    sides = tuple(
+        [
+            Answer("fact-1", REWRITE, old.prompt, (w,), "Bern", w, True),
+            Answer("fact-1", LOCALITY, "p", (), "x", "x", True),
+        ]
+        for w in ("Rome", "Oslo")
+    )
+    metrics = ([Metric("reliability", "generated", 1.0, 4)], [Metric("reliability", "generated", 0.75, 4)])
+    names, edits = ("base", "abc"), ({"fact-1": old, "gone": an_edit(2)}, {"fact-1": new, "more": an_edit(3)})
+    lines = rendered(report.diff_view(names, edits, (sides[0], sides[1]), metrics), 110).splitlines()
+    assert lines[:4] == [
+        "base → abc",
+        "~ Subject 1 lies in Rome → Oslo",
+        "- Subject 2 lies in Rome",
+        "+ Subject 3 lies in Rome",
+    ]
+    assert "  rewrite: Subject 1 lies in Rome → Oslo" in lines
+    assert not any("locality" in line for line in lines)
+    assert any("75.0 % (-25.0)" in line for line in lines)
+
+
+def test_a_table_of_a_study_is_markdown() -> None:
+    """So that it can be pasted into a page."""
+    rows = [{"method": "alphaedit", "edits": 3}, {"method": "me\x1bmit", "edits": 4}]
+    assert report.markdown_table(rows) == [
+        "| method | edits |",
+        "|---|---|",
+        "| alphaedit | 3 |",
+        "| me\\x1bmit | 4 |",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and runs
+
+
+def test_an_error_shows_its_problems_then_itself_then_its_hint() -> None:
+    """As a compiler does, so that editors can jump to the lines."""
+    error = InvalidInput("1 problem in 1 file", "mend it", [Problem("a.toml", 3, "wrong", "right")])
+    lines = rendered(report.problem_lines(error)).splitlines()
+    assert lines == ["a.toml:3: wrong", "  hint: right", "error: 1 problem in 1 file", "hint: mend it"]
+    assert rendered(report.problem_lines(StoreError("gone"))).splitlines() == ["error: gone"]
+
+
+def test_a_run_away_from_a_terminal_is_told_in_plain_lines() -> None:
+    """Stages, free directions and notes; steps and progress would flood a log."""
+    out = io.StringIO()
+    with report.showing_run(Console(file=out, width=120)) as emit:
+        emit(events.RunStarted("atlas", "cpu", "float32", "alphaedit", 2, 1, 0))
+        emit(events.StageStarted("target", 25, 1))
+        emit(events.TargetStep(1, 1, 2.5, 2))
+        emit(events.Progress("target", 1, 25))
+        emit(events.NullSpace(2, 700, 1280, 0.099))
+        emit(events.Note(NASTY))
+    text = out.getvalue()
+    assert "Editing atlas on cpu (float32) with alphaedit: 2 edits" in text
+    assert "block 2: 700 of 1280 directions are free (9.9 % of the energy)" in text
+    assert "note: [red]x[/red]" in text
+    assert raw_controls(text) == set()
+    assert "2.5" not in text
+
+
+@pytest.mark.parametrize("stage", ["load", "statistics", "before", "target", "solve", "after", "commit"])
+def test_a_run_on_a_terminal_shows_every_stage_without_failing(stage: str) -> None:
+    """Bars, losses and notes go to the terminal; a note's own escapes do not."""
+    out = io.StringIO()
+    with report.showing_run(Console(file=out, width=80, force_terminal=True)) as emit:
+        emit(events.RunStarted("atlas", "cpu", "float32", "alphaedit", 2, 2, 0))
+        emit(events.StageStarted(stage, 3, 1))
+        emit(events.Progress(stage, 3, 3))
+        emit(events.TargetStep(1, 1, 2.5, 2))
+        emit(events.LayerSolved(1, 2, 0.5, 10.0, 0.1))
+        emit(events.Note(NASTY))
+        emit(events.VersionMade("v", "p", "w", {}, 1.0))
+    assert "\x1b[31m\x1b]0;title" not in out.getvalue()
+    assert "note: [red]x[/red]" in out.getvalue()

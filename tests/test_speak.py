@@ -1,0 +1,158 @@
+"""What the model says: the words `generate` would say, cut at the sentence's end, whoever else is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from editctl.engine.model import Model
+from editctl.engine.prompts import join
+from editctl.engine.speak import NEW_TOKENS, answers, forced, next_tokens
+
+PROMPTS = (
+    "The capital of Norway is",
+    "Rome",
+    "The Eiffel Tower is located in the city of",
+    "People say that",
+    "In the summer, Marie Curie",
+    "What did the fox",
+    "I think Ada was born in",
+    "The quick brown",
+    "Because Rome's roads were long, they",
+    "You could see",
+)
+
+
+def by_generate(model: Model, prompt: str, at_least: int = 1, new_tokens: int = NEW_TOKENS) -> str:
+    """Greedy words by Hugging Face's own loop, cut after the first token that ends a sentence."""
+    ids = torch.tensor([model.tokenizer.encode(prompt)])
+    model.net.generation_config.eos_token_id = None  # the cut below decides, so that `at_least` can go beyond it
+    whole = model.net.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+    )
+    kept: list[int] = []
+    for token in whole[0, ids.shape[1] :].tolist():
+        kept.append(token)
+        ends = token == model.tokenizer.eos_token_id or model.tokenizer.decode([token])[-1:] in set(".!?\n")
+        if ends and len(kept) >= at_least:
+            break
+    text = " ".join(model.tokenizer.decode(kept, skip_special_tokens=True).split())
+    return text[:-1].rstrip() if text.endswith(".") else text
+
+
+@pytest.fixture
+def talkative(model: Model) -> Any:
+    """A model that ends sentences now and then: the output row of the full stop leans towards every state."""
+    stop = model.tokenizer.convert_tokens_to_ids(".")
+    head = model.net.get_output_embeddings().weight
+    old = head[stop].clone()
+    with torch.no_grad():
+        head[stop] *= 1.8
+    yield model
+    with torch.no_grad():
+        head[stop] = old
+
+
+def assert_same(found: list[str], wanted: list[str]) -> None:
+    for prompt, one, other in zip(PROMPTS, found, wanted, strict=True):
+        assert one == other, prompt
+
+
+def test_answers_are_the_words_of_greedy_generation(talkative: Model) -> None:
+    """Word for word, for prompts of many lengths at once; one token fewer makes other words."""
+    wanted = [by_generate(talkative, prompt) for prompt in PROMPTS]
+    lengths = {len(talkative.tokenizer.encode(text)) for text in wanted}
+    assert len(lengths) > 1, "some answers must end before others"
+    assert_same(answers(talkative, PROMPTS), wanted)
+    with pytest.raises(AssertionError):
+        assert_same(answers(talkative, PROMPTS), [by_generate(talkative, p, new_tokens=3) for p in PROMPTS])
+
+
+def test_asking_together_or_alone_gives_the_same_answers(talkative: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither company, nor order, nor the size of a pass changes a word."""
+    together = answers(talkative, PROMPTS)
+    assert together == [answers(talkative, [prompt])[0] for prompt in PROMPTS]
+    assert together == answers(talkative, PROMPTS[::-1])[::-1]
+    assert [text for text in together for _ in range(2)] == answers(talkative, [p for p in PROMPTS for _ in range(2)])
+    monkeypatch.setattr("editctl.engine.speak.ROWS", 1)
+    assert together == answers(talkative, PROMPTS)
+
+
+def test_a_sentence_end_within_the_wanted_answer_does_not_count(talkative: Model) -> None:
+    """With `at_least`, words go on to that many tokens, so that "St. Louis" can be said."""
+    short, long = answers(talkative, PROMPTS), answers(talkative, PROMPTS, [6] * len(PROMPTS))
+    assert_same(long, [by_generate(talkative, prompt, at_least=6) for prompt in PROMPTS])
+    assert short != long
+
+
+def test_every_prompt_is_counted_once(model: Model) -> None:
+    """The tick tells how many are done."""
+    ticks: list[int] = []
+    answers(model, PROMPTS, tick=ticks.append)
+    assert sum(ticks) == len(PROMPTS)
+    assert answers(model, []) == []
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end(model: Model) -> None:
+    """What is asked stands at the end, so the beginning is what goes."""
+    long = "The river and the road. " * 60 + "The capital of Norway is"
+    ids = model.encode(long)
+    assert len(ids) > model.context_length
+    kept = torch.tensor([ids[-(model.context_length - NEW_TOKENS) :]])
+    with torch.no_grad():
+        first = int(model.net(input_ids=kept).logits[0, -1].argmax())
+    assert answers(model, [long])[0].startswith(model.tokenizer.decode([first]).strip())
+
+
+# Teacher forcing
+
+PAIRS = [(prompt, answer) for prompt in PROMPTS for answer in ("Oslo", "the city of London")]
+
+
+def by_hand(model: Model, prompt: str, answer: str, shift: int = 0) -> tuple[float, float]:
+    """Mean NLL and accuracy over the answer's tokens, one token at a time."""
+    ids = model.tokenizer.encode(f"{prompt} {answer}")
+    start = len(model.tokenizer.encode(prompt)) + shift
+    losses, hits = [], []
+    for place in range(start, len(ids)):
+        with torch.no_grad():
+            logits = model.net(input_ids=torch.tensor([ids[:place]])).logits[0, -1]
+        losses.append(float(-logits.log_softmax(-1)[ids[place]]))
+        hits.append(float(int(logits.argmax()) == ids[place]))
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def check(score: Callable[[str, str], tuple[float, float]], found: list[tuple[float, float]]) -> None:
+    for pair, (nll, accuracy) in zip(PAIRS, found, strict=True):
+        assert (nll, accuracy) == pytest.approx(score(*pair), rel=1e-4), pair
+
+
+def test_forced_values_are_those_of_a_plain_loop(model: Model) -> None:
+    """Mean NLL in nats and the share of tokens that come first; a window one token off gives others."""
+    found = forced(model, PAIRS)
+    check(lambda *pair: by_hand(model, *pair), found)
+    with pytest.raises(AssertionError):
+        check(lambda *pair: by_hand(model, *pair, shift=-1), found)
+
+
+def test_what_the_model_says_is_what_it_is_forced_to_most_easily(talkative: Model) -> None:
+    """The first words of a greedy answer have teacher-forced accuracy 1; other words have not."""
+    for prompt, said in zip(PROMPTS, answers(talkative, PROMPTS), strict=True):
+        whole = talkative.tokenizer.encode(join(prompt, said))
+        with torch.no_grad():
+            ids = torch.tensor([talkative.tokenizer.encode(prompt)])
+            first = int(talkative.net(input_ids=ids).logits[0, -1].argmax())
+        if whole[ids.shape[1] : ids.shape[1] + 1] == [first]:
+            assert next_tokens(talkative, prompt, 1)[0][0] == talkative.tokenizer.decode([first])
+    assert all(accuracy < 1 for _, accuracy in forced(talkative, PAIRS))
+
+
+def test_next_tokens_come_by_falling_probability(model: Model) -> None:
+    """As many as asked for, and their probabilities are the softmax's."""
+    tokens = next_tokens(model, PROMPTS[0], 5)
+    assert len(tokens) == 5 and [p for _, p in tokens] == sorted((p for _, p in tokens), reverse=True)
+    total = sum(p for _, p in next_tokens(model, PROMPTS[0], model.net.config.vocab_size))
+    assert total == pytest.approx(1, abs=1e-4) and sum(p for _, p in tokens) < 0.999
