@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from editctl.errors import StoreError
 
-FORMAT = "1"
+FORMAT = 1
+METADATA = "editctl"
+"""The one key of a file's metadata."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,9 @@ class Delta:
             for name, factors in sorted(self.modules.items())
             for part in ("factor", "keys", "residuals")
         }
-        metadata = {
-            "format": FORMAT,
-            "edits": json.dumps(list(self.edits), ensure_ascii=False),
-            "params": json.dumps(dict(self.params), sort_keys=True),
-        }
-        content: bytes = save_tensors(tensors, metadata)
+        about = {"format": FORMAT, "edits": list(self.edits), "params": dict(self.params)}
+        # One metadata key: safetensors writes several in random order, and then the name would not follow the content.
+        content: bytes = save_tensors(tensors, {METADATA: json.dumps(about, sort_keys=True, ensure_ascii=False)})
         return content
 
 
@@ -99,15 +99,15 @@ def load(name: str, folder: Path) -> Delta:
             f"the factor file {path} is not what was written: its content has hash {digest(data)}",
             "restore it from a backup of the store",
         )
-    tensors, metadata = read_tensors(data)
+    tensors, about = read_tensors(data)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
         parts.setdefault(module, {})[part] = tensor
     return Delta(
-        edits=tuple(json.loads(metadata["edits"])),
+        edits=tuple(about["edits"]),
         modules={module: Factors(**fields) for module, fields in sorted(parts.items())},
-        params=json.loads(metadata["params"]),
+        params=about["params"],
     )
 
 
@@ -132,10 +132,10 @@ def compose(base: Tensor, updates: Sequence[Factors]) -> Tensor:
     return weight
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write named tensors to a safetensors file by an atomic rename."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
+    """Write named tensors, and JSON values about them, to a safetensors file by an atomic rename."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save_tensors(content, dict(metadata)))
+    write_atomically(path, save_tensors(content, {METADATA: json.dumps(dict(about), sort_keys=True)}))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -149,8 +149,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file's content."""
+def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file's content, and the JSON values about them.
+
+    Raises:
+        SafetensorError: it is no safetensors file.
+        KeyError: it is one that editctl did not write.
+    """
+    tensors: dict[str, Tensor] = load_tensors(data)
     header_size = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
-    return load_tensors(data), metadata
+    about: dict[str, Any] = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"][METADATA])
+    return tensors, about

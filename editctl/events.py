@@ -61,7 +61,7 @@ class TargetStep(Event):
     batch: int
     step: int
     loss: float
-    """Mean negative log-likelihood of the targets still being optimised, nats a token."""
+    """Mean negative log-likelihood of the batch's targets, finished ones included, nats a token."""
     active: int
 
 

@@ -108,16 +108,30 @@ def make(
     """
     by_id = {edit.id: edit for edit in live}
     by_prompt = {edit.prompt: edit for edit in live}
-    actions, taken = [], set()
+    wanted_prompts = {edit.prompt for edit in edits}
+    actions: list[Action] = []
+    drops: dict[str, Action] = {}
+    taken: set[str] = set()
     for edit in edits:
-        old = by_id.get(edit.id) or by_prompt.get(edit.prompt)
+        # One prompt can have one live answer, so the prompt decides what an edit stands in for. Its own id does only
+        # when no other wanted edit stands in for the live edit of that id.
+        old, named = by_prompt.get(edit.prompt), by_id.get(edit.id)
+        if named is not None and named is not old and named.prompt not in wanted_prompts:
+            if old is None:
+                old = named
+            else:
+                drops[named.id] = Action(DROP, named, reason=f"{edit.id} now stands in for {old.id}")
         if old is None:
             actions.append(Action(ADD, edit))
             continue
         taken.add(old.id)
         actions.append(_compare(edit, old))
-    actions += [Action(DROP, edit, reason="not in the specs") for edit in live if prune and edit.id not in taken]
-    outside = tuple(edit.id for edit in live if not prune and edit.id not in taken)
+    if prune:
+        rest = (edit for edit in live if edit.id not in taken)
+        drops = {edit.id: drops.get(edit.id) or Action(DROP, edit, reason="not in the specs") for edit in rest}
+    actions += drops.values()
+    taken |= drops.keys()
+    outside = tuple(edit.id for edit in live if edit.id not in taken)
     return Plan(model, base, head, params, tuple(actions), outside)
 
 

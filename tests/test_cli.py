@@ -311,14 +311,14 @@ def test_a_saved_plan_is_carried_out_as_it_was_saved(new: Path, run: Run) -> Non
 def test_a_plan_made_before_the_head_moved_is_stale(applied: str, run: Run) -> None:
     """Exit code 5, and nothing is done; back at its head it is good again."""
     spec("dolphin.toml", DOLPHIN)
-    assert run("plan", "-o", "plan.json").code == 0
+    assert run("plan", "-o", "a plan").code == 0
     assert run("undo").code == 0
-    outcome = run("apply", "plan.json")
+    outcome = run("apply", "a plan")
     assert outcome.code == 5
     assert applied in outcome.err and "run plan again" in outcome.err
     assert head() == ""
     assert run("redo").code == 0
-    assert run("apply", "plan.json").code == 0
+    assert run("apply", "a plan").code == 0
 
 
 @pytest.mark.parametrize(
@@ -336,13 +336,23 @@ def test_a_plan_changed_by_hand_is_refused(old: str, new_text: str, new: Path, r
     assert head() == ""
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"fingerprint": 1}', "\x00"])
-def test_a_file_that_is_no_plan_is_refused(text: str, new: Path, run: Run) -> None:
+@pytest.mark.parametrize("text", ["{", "{}", '{"fingerprint": 1}', '{"fingerprint": "x", "schema": 1, "actions": 3}'])
+def test_json_that_is_no_plan_is_refused(text: str, new: Path, run: Run) -> None:
     """Exit code 2 and how to make one."""
     Path("plan.json").write_text(text)
-    outcome = run("apply", "plan.json")
+    outcome = run("apply", "plan.json", "--yes")
     assert outcome.code == 2
     assert "plan -o" in outcome.err
+    assert head() == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "\x00", "\ufeff{}"])
+def test_anything_else_is_read_as_a_spec_and_refused_as_one(text: str, new: Path, run: Run) -> None:
+    """Whatever its name ends with."""
+    Path("plan.json").write_text(text)
+    outcome = run("apply", "plan.json", "--yes")
+    assert outcome.code == 2
+    assert outcome.err.startswith("plan.json:1: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,17 +426,27 @@ def test_files_and_a_store_elsewhere_may_be_named(new: Path, run: Run) -> None:
 
 
 def test_the_same_specs_and_seed_give_the_same_weights(applied: str, run: Run) -> None:
-    """To the bit: the version that another process made has this one's weights hash; another seed gives another."""
+    """To the bit: in another process, which measured its second moments, and in this one, which found them cached."""
     other = Store(Path("store")).head()
     assert other is not None
     shutil.copytree("store/stats", "again/stats")
-    hashes = []
-    for extra in ((), ("--set", "seed=1")):
-        outcome = run("--store", "again", "apply", "specs", "--yes", "--json", *extra)
+    outcome = run("--store", "again", "apply", "specs", "--yes", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.of("version_made")[0]["weights_hash"] == other.weights_hash
+
+
+def test_cached_second_moments_give_the_weights_of_fresh_ones(new: Path, run: Run) -> None:
+    """The first apply of a store measures them and the second reads them; their versions have the same bits."""
+    few = ("--set", "corpus_tokens=2000", "--set", "steps=3")
+    hashes = {}
+    for settings in (few, few, (*few, "--set", "seed=1")):
+        outcome = run("apply", "specs/tower.toml", "--yes", "--json", *settings)
         assert outcome.code == 0, outcome.err
-        hashes.append(outcome.of("version_made")[0]["weights_hash"])
-        assert run("--store", "again", "undo").code == 0
-    assert hashes[0] == other.weights_hash != hashes[1]
+        hashes.setdefault(settings, set()).add(outcome.of("version_made")[0]["weights_hash"])
+        assert run("undo").code == 0
+    same, other = hashes.values()
+    assert len(same) == 1
+    assert same != other  # control: contexts of another seed give other weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,7 +722,8 @@ def test_on_a_terminal_only_the_word_yes_goes_on(new: Path) -> None:
     """The key that asks is not the one that confirms: y is a no, with exit code 130."""
     code, screen = on_a_terminal("apply", typed="y\n")
     assert code == 130
-    assert "Only yes goes on" in screen
+    before, asked, _ = screen.partition("Only yes goes on")
+    assert asked and "Eiffel Tower" in before and "Plan: 2 to add" in before
     assert "Interrupted; the head is where it was." in screen
     assert head() == ""
 

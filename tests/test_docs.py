@@ -50,7 +50,7 @@ def spoken(text: str) -> Iterator[str]:
 
 def unknown(line: str) -> str:
     """What of a command line does not exist: its verb or one of its options; nothing when all does."""
-    line = re.split(r" #|[|;&>]", line.strip().removeprefix("$ "))[0]
+    line = re.split(r" #|[|;&>]", line.strip().removeprefix("$ ").replace("\\|", "|"))[0]
     try:
         words = shlex.split(line)[1:]
     except ValueError:

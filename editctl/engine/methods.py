@@ -7,6 +7,7 @@ one row. Refuses: computing.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -110,7 +111,7 @@ PROFILES: dict[tuple[str, int, int], Profile] = {
 
 def profile_of(config: Mapping[str, Any]) -> Profile:
     """The profile of a model by its config.json; unknown models get blocks at the usual relative depth."""
-    blocks = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    blocks = _blocks(config)
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     known = PROFILES.get((str(config.get("model_type", "")), blocks, width))
     if known is not None:
@@ -133,6 +134,8 @@ class Settings:
     """Text file of the second moments; empty is the model's own."""
     corpus_tokens: int = 100_000
     seed: int = 0
+    model_lambda: float | None = None
+    """λ published for the model, which stands in for that of every method that has one."""
 
     def to_params(self) -> dict[str, Any]:
         """As JSON values, for plans and versions."""
@@ -149,7 +152,25 @@ class Settings:
 
     def for_method(self, name: str) -> Settings:
         """The same settings under another method's ridge problem."""
-        return self if name in ("", self.method) else replace(self, method=name, ridge=find(name).ridge)
+        if name in ("", self.method):
+            return self
+        return replace(self, method=name, ridge=_ridge(find(name), self.model_lambda))
+
+
+FIXED = ("method", "ridge", "target", "model_lambda")
+"""Fields of `Settings` that no override names."""
+
+
+def _ridge(method: Method, model_lambda: float | None) -> Ridge:
+    """The method's problem with the model's own λ, where the method has one and the model's is known."""
+    if model_lambda is None or not method.ridge.lambda_:
+        return method.ridge
+    return replace(method.ridge, lambda_=model_lambda)
+
+
+def _blocks(config: Mapping[str, Any]) -> int:
+    """Number of decoder blocks by config.json, 0 if it does not say."""
+    return int(next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if config.get(key)), 0))
 
 
 def find(name: str) -> Method:
@@ -172,15 +193,12 @@ def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any
     Raises:
         InvalidInput: an override names no setting, or has the wrong kind of value.
     """
-    row, profile = find(method), profile_of(config)
-    ridge = row.ridge
-    if profile.lambda_ is not None and ridge.lambda_:
-        ridge = replace(ridge, lambda_=profile.lambda_)
-    result = Settings(method=method, layers=profile.layers, ridge=ridge, target=profile.target)
-    blocks = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    profile, blocks = profile_of(config), _blocks(config)
+    ridge = _ridge(find(method), profile.lambda_)
+    result = Settings(method, profile.layers, ridge, profile.target, model_lambda=profile.lambda_)
     places: dict[str, str] = {}
     for name, cls in (("ridge", Ridge), ("target", TargetSettings), ("", Settings)):
-        places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in ("ridge", "target", "method")})
+        places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in FIXED})
     for key, value in overrides.items():
         if key not in places:
             near = difflib.get_close_matches(key, places, 1)
@@ -218,6 +236,8 @@ def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
         good = type(value) is int
     elif isinstance(present, float):
         good = type(value) in (int, float)
-    if not good or (not isinstance(value, str | bool) and value < 0):
+    number = not isinstance(value, str | bool)
+    least = 1 if key in ("batch_size", "corpus_tokens") else 0
+    if not good or (number and not (math.isfinite(value) and value >= least)):
         raise InvalidInput(f"{key} = {value!r} is not valid", f"its present value is {present!r}")
     return float(value) if isinstance(present, float) else value

@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from editctl.delta import Factors, compose
@@ -247,7 +247,8 @@ class Model:
 
         def key_hook(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found_keys[i] = args[0].detach()
+                # OPT flattens its positions before the MLP.
+                found_keys[i] = args[0].detach().reshape(*ids.shape, -1)
                 stop_when_done()
 
             return hook
@@ -274,6 +275,10 @@ class Model:
         """
         ids = torch.tensor([self.encode("The quick brown fox")], device=self.device)
         mask = torch.ones_like(ids)
+        if max(layers) >= len(self.blocks):
+            raise ModelError(
+                f"{self.name} has blocks 0 to {len(self.blocks) - 1}, not {max(layers)}", "set other layers"
+            )
         for layer in layers:
             block = self.blocks[layer]
             _, plain = self.read(ids, mask, outputs=[layer])
@@ -282,7 +287,8 @@ class Model:
             with self.hooked([(block.down, "output", lambda _m, _a, out, push=push: out + push.view_as(out))]):
                 _, pushed = self.read(ids, mask, outputs=[layer])
             error = (pushed[layer] - plain[layer] - push).float().norm() / push.float().norm()
-            if error > 0.05:
+            # Measured: at most 1e-7 in fp32 and 0.006 in bf16 where it holds, 0.03 and more where it does not.
+            if error > 0.02:
                 raise ModelError(
                     f"{self.name} cannot be edited at block {layer}: {block.down_name} does not add straight to the "
                     "residual stream",
@@ -378,7 +384,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_c
         net = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {name} cannot be loaded: {reason}", "it must be a causal LM in safetensors") from error
     return Model(net.to(where), tokenizer, name=name, folder=folder)

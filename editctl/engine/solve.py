@@ -26,16 +26,23 @@ from torch import Tensor
 from editctl.delta import Factors
 from editctl.engine.methods import Ridge
 from editctl.engine.statistics import Moment, precise_device
+from editctl.errors import InvalidInput
 
 FLOOR = 1e-6
 """Smallest eigenvalue the filter divides by, as a share of their mean: C of a finite corpus is singular."""
 
 
 class Kernel:
-    """The solver of one layer, with its history."""
+    """The solver of one layer, with its history.
+
+    Raises:
+        InvalidInput: λ and ρ are both 0, or the null space is empty or everything.
+    """
 
     def __init__(self, moment: Moment, ridge: Ridge, device: torch.device) -> None:
         eigenvalues = moment.eigenvalues
+        if not (ridge.lambda_ or ridge.l2):
+            raise InvalidInput("lambda and l2 are both 0, so nothing holds the update back", "set one of them")
         weight = ridge.lambda_ * eigenvalues.clamp_min(FLOOR * float(eigenvalues.mean())) + ridge.l2 * moment.scale
         rank = len(eigenvalues) if ridge.energy is None else moment.null_rank(ridge.energy)
         self._history = ridge.history

@@ -13,6 +13,7 @@ import socket
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from editctl import atlas
 from editctl.errors import ModelError
@@ -63,14 +64,16 @@ def locate(name: str) -> Path:
 
 
 def _hub_reachable() -> bool:
-    """Whether the hub's port answers; name resolution alone may hang for long, so it happens in a thread."""
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
-    name, _, port = host.partition(":")
+    """Whether the hub's port answers, or the proxy's; name resolution alone may hang for long, so a thread does it."""
+    proxies = (os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    address = next(filter(None, proxies), None) or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    place = urlsplit(address if "//" in address else f"//{address}")
+    name, port = place.hostname or "", place.port or 443
     answered: list[bool] = []
 
     def knock() -> None:
         try:
-            socket.create_connection((name, int(port or 443)), timeout=HUB_PATIENCE).close()
+            socket.create_connection((name, port), timeout=HUB_PATIENCE).close()
             answered.append(True)
         except OSError:
             pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from editctl import atlas
 from editctl.delta import read_tensors, write_tensors
-from editctl.engine.model import Model
+from editctl.engine.model import Model, combine_digests, tensor_digest
 from editctl.errors import InvalidInput
 from editctl.events import Emit, NullSpace, Progress, StageStarted
 
@@ -102,15 +102,16 @@ def _sequences(model: Model, lines: Iterator[str], tokens: int) -> Iterator[list
     limit = min(SEQUENCE, model.context_length)
     for line in itertools.chain(lines, [""]):
         text = f"{text} {line}".strip()
-        if len(text) < 4 * limit and line:
+        if (len(text) < 4 * limit and line) or not text:
             continue
-        ids = model.encode(text)[: min(limit, left)]
+        ids = model.encode(text)
         text = ""
-        if ids:
-            yield ids
-            left -= len(ids)
-        if left <= 0:
-            return
+        for start in range(0, len(ids), limit):
+            piece = ids[start : start + min(limit, left)]
+            yield piece
+            left -= len(piece)
+            if left <= 0:
+                return
 
 
 def moments(
@@ -137,11 +138,8 @@ def moments(
         for layer, gram in _measure(model, missing, lines, tokens, emit).items():
             eigenvalues, basis = torch.linalg.eigh(gram)
             moment = Moment(basis.to("cpu", torch.float32), eigenvalues.clamp_min(0).to("cpu", torch.float64))
-            write_tensors(
-                paths[layer],
-                {"basis": moment.basis, "eigenvalues": moment.eigenvalues},
-                {key: str(value) for key, value in {**facts, "layer": layer}.items()},
-            )
+            tensors = {"basis": moment.basis, "eigenvalues": moment.eigenvalues}
+            write_tensors(paths[layer], tensors, {**facts, "layer": layer, "digest": _digest(tensors)})
             found[layer] = moment
     return {layer: found[layer] for layer in layers}
 
@@ -149,11 +147,17 @@ def moments(
 def _cached(path: Path, width: int) -> Moment | None:
     """What the cache file holds; None if it is missing or spoiled, since it can be made again."""
     try:
-        tensors, _ = read_tensors(path.read_bytes())
+        tensors, about = read_tensors(path.read_bytes())
         moment = Moment(tensors["basis"], tensors["eigenvalues"])
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    return moment if moment.basis.shape == (width, width) else None
+    good = moment.basis.shape == (width, width) and about.get("digest") == _digest(tensors)
+    return moment if good else None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the content, so that a spoiled cache is noticed."""
+    return combine_digests((name, tensor_digest(tensor)) for name, tensor in tensors.items())
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def questions(edit: Edit) -> list[Question]:
 
 def normal(text: str) -> str:
     """Compatibility form, single spaces, no case, no full stop at the end."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 
 
 def says(text: str, wanted: Sequence[str]) -> bool:
