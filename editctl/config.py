@@ -59,7 +59,7 @@ def load(path: Path | None = None) -> Config:
 
 def _problem(place: Path, text: str, where: tuple[int | str, ...], message: str) -> Problem:
     key = str(where[0])
-    found = re.search(rf"^\s*\[?{re.escape(key)}\b", text, re.MULTILINE)
+    found = re.search(rf"^[ \t]*\[?{re.escape(key)}\b", text, re.MULTILINE)
     line = text.count("\n", 0, found.start()) + 1 if found else 1
     if key in Config.model_fields:
         return Problem(str(place), line, f"{key}: {message.lower()}")

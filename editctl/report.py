@@ -187,7 +187,8 @@ def version_view(
     parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 50), Text()]
     missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
-        title = Text(f"{len(missed)} other answers are not as wanted:", "bold")
+        one = len(missed) == 1
+        title = Text(f"{len(missed)} other answer{' is' if one else 's are'} not as wanted:", "bold")
         parts += [title, moved_view(missed, None if everything else 8), Text()]
     return Group(*parts, metrics_view(metrics))
 

@@ -137,7 +137,9 @@ def moments(
     if missing:
         for layer, gram in _measure(model, missing, lines, tokens, emit).items():
             eigenvalues, basis = torch.linalg.eigh(gram)
-            moment = Moment(basis.to("cpu", torch.float32), eigenvalues.clamp_min(0).to("cpu", torch.float64))
+            # eigh returns columns one after another; as a file gives it back, rows, products round alike.
+            rows = basis.to("cpu", torch.float32).contiguous()
+            moment = Moment(rows, eigenvalues.clamp_min(0).to("cpu", torch.float64))
             tensors = {"basis": moment.basis, "eigenvalues": moment.eigenvalues}
             write_tensors(paths[layer], tensors, {**facts, "layer": layer, "digest": _digest(tensors)})
             found[layer] = moment
