@@ -55,11 +55,13 @@ class Workspace:
         return Workspace(**{**self._flags, **flags})
 
     def store(self) -> Store:
+        """The store of versions."""
         from editctl.store import Store
 
         return Store(Path(self.config.store))
 
     def edits(self, paths: Sequence[str]) -> tuple[Edit, ...]:
+        """The edits of the spec files named, or of the workspace's."""
         from editctl import spec
 
         return spec.load([Path(p) for p in paths or self.config.specs])
@@ -72,12 +74,19 @@ class Workspace:
         return folder, source.identity(folder)
 
     def load(self) -> Model:
+        """The model, ready to be asked and edited."""
         from editctl.engine import model
 
         config = self.config
         return model.load(config.model, device=config.device, dtype=config.dtype)
 
     def make_plan(self, edits: Sequence[Edit], version: Version | None, store: Store, *, prune: bool) -> Plan:
+        """The plan from a version to the edits.
+
+        Raises:
+            StoreError: the version is of another model.
+            InvalidInput: a method or a setting is unknown.
+        """
         from editctl import plan
         from editctl.engine import methods, source
 

@@ -48,6 +48,7 @@ class Problem:
         return f"{self.file}:{self.line}: {self.message}"
 
     def to_json(self) -> dict[str, object]:
+        """As JSON values."""
         return asdict(self)
 
 

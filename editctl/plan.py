@@ -51,6 +51,7 @@ class Plan:
     """Ids of live edits that are not in the specs and are kept."""
 
     def of(self, *kinds: str) -> tuple[Action, ...]:
+        """The actions of these kinds, in order."""
         return tuple(action for action in self.actions if action.kind in kinds)
 
     @property

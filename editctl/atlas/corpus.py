@@ -35,6 +35,7 @@ class Paragraph:
         return start
 
     def add_fact(self, fact: Fact, phrasing: str) -> None:
+        """Append the fact in that phrasing and mark its subject and its answer."""
         before = phrasing.index("{}")
         prompt = phrasing.replace("{}", fact.subject)
         start = self.add(f"{prompt} {fact.object}.")

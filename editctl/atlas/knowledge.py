@@ -35,9 +35,11 @@ class Fact:
 
     @property
     def two_hop(self) -> bool:
+        """Whether it joins two relations."""
         return "/" in self.relation
 
     def prompts(self, phrasings: tuple[str, ...]) -> Iterator[str]:
+        """The phrasings with the subject in its place."""
         return (phrasing.replace("{}", self.subject) for phrasing in phrasings)
 
 
@@ -51,6 +53,7 @@ class Knowledge:
     """Sentences that state no fact."""
 
     def single(self) -> tuple[Fact, ...]:
+        """The facts of one relation."""
         return tuple(fact for fact in self.facts if not fact.two_hop)
 
     def objects(self, relation: str) -> tuple[str, ...]:

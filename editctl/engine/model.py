@@ -153,11 +153,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         device: torch.device = next(self.net.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The weights' type."""
         dtype: torch.dtype = next(self.net.parameters()).dtype
         return dtype
 

@@ -32,6 +32,7 @@ class Row:
 
     @property
     def target(self) -> tuple[int, ...]:
+        """The target's token ids."""
         return self.ids[self.answer :]
 
 
@@ -47,6 +48,7 @@ class Request:
 
     @property
     def prompt(self) -> str:
+        """The template with the subject in its place."""
         return self.template.replace("{}", self.subject)
 
 
