@@ -102,7 +102,7 @@ class Profile:
 # Layers as published (Meng et al. 2023, Fang et al. 2025, code); by model type, number of blocks and hidden width.
 PROFILES: dict[tuple[str, int, int], Profile] = {
     ("llama", 7, 160): Profile((1, 2, 3)),  # atlas: the blocks whose keys its training shapes
-    ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), lambda_=20000),
+    ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), TargetSettings(steps=20), 20000),
     ("gptj", 28, 4096): Profile((3, 4, 5, 6, 7, 8), lambda_=15000),
     ("llama", 32, 4096): Profile((4, 5, 6, 7, 8), lambda_=15000),
     ("qwen2", 28, 3584): Profile((4, 5, 6, 7, 8), lambda_=15000),

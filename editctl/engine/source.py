@@ -20,7 +20,7 @@ from editctl.errors import ModelError
 
 IDENTITY_FILES = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """What decides a model's answers; their content is the model's identity."""
-HUB_PATIENCE = 1.5
+HUB_PATIENCE = 1.0
 """Seconds to find out whether the model hub can be reached at all."""
 
 
