@@ -46,7 +46,7 @@ class Workspace:
         settings = (
             dict(loaded.settings)
             | _settings(given.pop("set", ()))
-            | {key: given.pop(key) for key in ("batch_size", "corpus") if key in given}
+            | {key: given.pop(key) for key in ("preserve", "batch_size", "corpus") if key in given}
         )
         return loaded.model_copy(update={**given, "settings": settings})
 
@@ -174,6 +174,9 @@ def _from_method(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option("--method", help="A method of `editctl methods`."),
+            click.option(
+                "--preserve", type=click.Choice(["null-space", "none"]), help="Switch the projection on or off."
+            ),
             click.option("--batch-size", type=click.IntRange(1), help="Edits solved together."),
             click.option("--corpus", help="Text file whose keys are preserved."),
             click.option("--set", "set", multiple=True, metavar="NAME=VALUE", help="Override a setting of the method."),

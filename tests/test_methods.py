@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from editctl.engine.methods import (
+    ENERGY,
     METHODS,
     PROFILES,
     Profile,
@@ -110,11 +112,18 @@ def test_an_override_changes_its_setting_and_no_other(key: str) -> None:
             assert value_of(made, other) == value_of(plain, other)
 
 
-def test_energy_none_switches_the_projection_off() -> None:
-    """On any method; a share switches it on."""
-    for value in ("none", False):
-        assert settings(TINY, "alphaedit", {"energy": value}).ridge.energy is None
-    assert settings(TINY, "memit", {"energy": 0.1}).ridge.energy == 0.1
+def test_preserve_switches_the_projection_on_and_off() -> None:
+    """On any method, with the share that is given beside it; nothing else of the problem changes."""
+    for method in METHODS:
+        plain = settings(TINY, method, {}).ridge
+        off = settings(TINY, method, {"preserve": "none"}).ridge
+        on = settings(TINY, method, {"preserve": "null-space"}).ridge
+        assert off.energy is None and on.energy == ENERGY
+        assert replace(off, energy=plain.energy) == plain == replace(on, energy=plain.energy)
+    assert settings(TINY, "memit", {"preserve": "null-space", "energy": 0.2}).ridge.energy == 0.2
+    assert settings(TINY, "memit", {"energy": 0.2, "preserve": "null-space"}).ridge.energy == 0.2
+    with pytest.raises(InvalidInput, match="preserve"):
+        settings(TINY, "memit", {"preserve": "everything"})
 
 
 @pytest.mark.parametrize(

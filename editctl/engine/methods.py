@@ -59,13 +59,18 @@ class Method:
     summary: str
 
 
+PRESERVE = ("null-space", "none")
+"""What the setting `preserve` may be: write only into the directions preserved keys hardly use, or anywhere."""
+ENERGY = 0.1
+"""Share of the second moment's trace that counts as hardly used."""
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
             "alphaedit",
             "locate-then-edit",
-            Ridge(lambda_=0.0, l2=0.005, energy=0.1, history=True),
+            Ridge(lambda_=0.0, l2=0.005, energy=ENERGY, history=True),
             "D = R KᵀP (K_p K_pᵀ P + K Kᵀ P + ρ I)⁻¹",
             "Fang et al. 2025, AlphaEdit, eq. 11",
             "writes only into the null space of preserved keys; keeps earlier edits",
@@ -200,10 +205,17 @@ def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any
     for name, cls in (("ridge", Ridge), ("target", TargetSettings), ("", Settings)):
         places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in FIXED})
     for key, value in overrides.items():
+        if key == "preserve":
+            if value not in PRESERVE:
+                raise InvalidInput(f"preserve = {value!r} is not valid", f"one of: {', '.join(PRESERVE)}")
+            energy = (result.ridge.energy or ENERGY) if value == "null-space" else None
+            result = replace(result, ridge=replace(result.ridge, energy=energy))
+            continue
         if key not in places:
-            near = difflib.get_close_matches(key, places, 1)
+            known = sorted([*places, "preserve"])
+            near = difflib.get_close_matches(key, known, 1)
             raise InvalidInput(
-                f"unknown setting {key}", f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(places))}"
+                f"unknown setting {key}", f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}"
             )
         place, attribute = places[key], "lambda_" if key == "lambda" else key
         holder = getattr(result, place) if place else result
@@ -225,8 +237,6 @@ def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
         if blocks and not all(0 <= v < blocks for v in value):
             raise InvalidInput(f"layers {list(value)} are not all among the model's blocks 0 to {blocks - 1}")
         return tuple(sorted(set(value)))
-    if key == "energy" and (value is False or value == "none"):
-        return None
     if key == "energy":
         present = 0.0
     good = isinstance(value, str) if isinstance(present, str) else isinstance(value, int | float)
