@@ -3,8 +3,12 @@ set -eu
 editctl="$BIN/editctl --store $STORE"
 rm -rf "$STORE"
 
-title() { printf '\n\033[1m── %s\033[0m\n' "$1"; }
-run() { printf '\033[2m$ editctl %s\033[0m\n' "$*"; $editctl "$@"; }
+bold= dim= plain=
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then
+    bold=$(printf '\033[1m') dim=$(printf '\033[2m') plain=$(printf '\033[0m')
+fi
+title() { printf '\n%s── %s%s\n' "$bold" "$1" "$plain"; }
+run() { printf '%s$ editctl %s%s\n' "$dim" "$*" "$plain"; $editctl "$@"; }
 
 title "1. What the specs want, before anything is touched"
 run validate specs

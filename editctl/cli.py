@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from editctl.errors import EditctlError, Exit, InvalidInput, StoreError
 if TYPE_CHECKING:
     from editctl.config import Config
     from editctl.engine.model import Model
+    from editctl.events import Event
     from editctl.plan import Plan
     from editctl.spec import Edit
     from editctl.store import Store, Version
@@ -61,10 +63,14 @@ class Workspace:
         return Store(Path(self.config.store))
 
     def edits(self, paths: Sequence[str]) -> tuple[Edit, ...]:
-        """The edits of the spec files named, or of the workspace's."""
+        """The edits of the spec files named, or of the workspace's; warnings go to standard error."""
         from editctl import spec
 
-        return spec.load([Path(p) for p in paths or self.config.specs])
+        places = [Path(p) for p in paths or self.config.specs]
+        edits = spec.load(places)
+        for warning in spec.check(places).warnings:
+            click.echo(spec.visible(f"warning: {warning}", 10_000), err=True)
+        return edits
 
     def source(self) -> tuple[Path, str]:
         """The model's folder and its content hash."""
@@ -88,14 +94,19 @@ class Workspace:
             InvalidInput: a method or a setting is unknown.
         """
         from editctl import plan
-        from editctl.engine import methods, source
+        from editctl.engine import corpus, methods, source
 
         folder, base = self.source()
-        config = self.config
-        settings = methods.settings(source.configuration(folder), config.method, config.settings)
-        for edit in edits:
-            if edit.method:
-                methods.find(edit.method)
+        config, shape = self.config, source.configuration(folder)
+
+        def params(method: str) -> dict[str, Any]:
+            settings = methods.settings(shape, method, config.settings)
+            dtype = version.dtype.removeprefix("torch.") if version and config.dtype == "auto" else config.dtype
+            content = corpus.content(config.model, settings.corpus)
+            return replace(settings, dtype=dtype, corpus_content=content).to_params()
+
+        if prune and not edits:
+            raise InvalidInput("there are no edits in these specs; --prune would drop everything", "restore base")
         if version is not None and version.base != base:
             raise StoreError(
                 f"the store {store.root} holds versions of another model ({version.model}, content {version.base})",
@@ -107,7 +118,8 @@ class Workspace:
             model=config.model,
             base=base,
             head=version.id if version else "",
-            params=settings.to_params(),
+            params=params(config.method),
+            methods={name: params(name) for name in dict.fromkeys(e.method for e in edits) if name},
             prune=prune,
         )
 
@@ -156,17 +168,15 @@ def _command() -> str:
     return shlex.join(["editctl", *sys.argv[1:]]).encode("utf-8", "replace").decode()
 
 
+def _from_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that say which model."""
+    function = click.option("--dtype", help="auto, float32, bfloat16 or float16.")(function)
+    return click.option("--model", help="`atlas`, a model folder or a hub id.")(function)
+
+
 def _from_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that say which model and how, shared by the verbs that load one."""
-    for option in reversed(
-        (
-            click.option("--model", help="`atlas`, a model folder or a hub id."),
-            click.option("--device", help="auto, cpu, cuda or mps."),
-            click.option("--dtype", help="auto, float32, bfloat16 or float16."),
-        )
-    ):
-        function = option(function)
-    return function
+    """The flags of the verbs that load a model."""
+    return _from_model(click.option("--device", help="auto, cpu, cuda or mps.")(function))
 
 
 def _from_method(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,6 +219,7 @@ def cli(context: click.Context, store: str | None, config: str | None) -> None:
 def validate(space: Workspace, /, specs: tuple[str, ...], as_json: bool) -> None:
     """Check spec files without loading a model."""
     from editctl import spec
+    from editctl.plan import count
 
     found = spec.check([Path(p) for p in specs or space.config.specs])
     if as_json:
@@ -225,13 +236,9 @@ def validate(space: Workspace, /, specs: tuple[str, ...], as_json: bool) -> None
                     click.echo(f"  hint: {spec.visible(problem.hint, 10_000)}")
         if not found.problems:
             files = len({edit.file for edit in found.edits})
-            click.echo(f"ok: {_n(len(found.edits), 'edit')} in {_n(files, 'file')}")
+            click.echo(f"ok: {count(len(found.edits), 'edit')} in {count(files, 'file')}")
     if found.problems:
         raise SystemExit(Exit.USAGE)
-
-
-def _n(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 @cli.command()
@@ -244,9 +251,11 @@ def schema() -> None:
 
 @cli.command()
 @as_json
-def methods(as_json: bool) -> None:
-    """List the editing methods."""
-    from editctl.engine.methods import METHODS
+@click.pass_obj
+def methods(space: Workspace, /, as_json: bool) -> None:
+    """List the editing methods, and the settings of the one in use."""
+    from editctl.engine import source
+    from editctl.engine.methods import FIXED, METHODS, settings
 
     if as_json:
         _lines(*({"type": "method", **asdict(method)} for method in METHODS.values()))
@@ -254,6 +263,12 @@ def methods(as_json: bool) -> None:
     for method in METHODS.values():
         click.echo(f"{method.name:15s} {method.family}: {method.summary}")
         click.echo(f"{'':15s} {method.equation}   [{method.paper}]")
+    click.echo("\nSettings of the default method on the model in use; change them with --set or under [settings]:")
+    folder, _ = space.source()
+    made = settings(source.configuration(folder), space.config.method, space.config.settings).to_params()
+    for name, value in {**made, **made["ridge"], **made["target"]}.items():
+        if name not in FIXED:
+            click.echo(f"  {name.rstrip('_'):15s} {json.dumps(value)}")
 
 
 @cli.command()
@@ -262,7 +277,7 @@ def methods(as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Drop applied edits that are not in the specs.")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 0 without changes, 1 on errors, 2 with changes.")
 @as_json
-@_from_flags
+@_from_model
 @_from_method
 @click.pass_obj
 def plan(
@@ -303,7 +318,7 @@ def plan(
 @specs_argument
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--prune", is_flag=True, help="Drop applied edits that are not in the specs.")
-@click.option("--lock-timeout", type=click.FloatRange(0), default=0, help="Seconds to wait for another writer.")
+@click.option("--lock-timeout", type=click.IntRange(0), default=0, help="Seconds to wait for another writer.")
 @as_json
 @_from_flags
 @_from_method
@@ -314,7 +329,7 @@ def apply(
     specs: tuple[str, ...],
     yes: bool,
     prune: bool,
-    lock_timeout: float,
+    lock_timeout: int,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -324,12 +339,15 @@ def apply(
     """
     from editctl import plan as plan_room
     from editctl import report
-    from editctl.events import header, to_line
+    from editctl.events import StageStarted, header
 
     space = space.with_flags(**flags)
     store = space.store()
     contract = plan_room.load(Path(specs[0])) if len(specs) == 1 and _is_plan(Path(specs[0])) else None
     if contract is not None:
+        decided = ("model", "dtype", "method", "preserve", "batch_size", "corpus", "set")
+        if prune or any(flags[name] not in (None, ()) for name in decided):
+            raise InvalidInput("a saved plan already decides what is done and how", "leave the other flags away")
         space = space.with_flags(model=contract.model)
     wanted = () if contract else space.edits(specs)
     with store.lock("apply", lock_timeout):
@@ -341,6 +359,8 @@ def apply(
             click.echo(header())
         else:
             _say(report.plan_summary(made) if yes or contract else report.plan_view(made))
+            if head is not None and made.of(plan_room.KEEP) and head.params != made.params:
+                _say("Live edits were made with other settings (editctl show) and are kept as they are.")
         if not made.changes:
             if as_json:
                 click.echo(json.dumps({"type": "nothing_to_do", "version": made.head}))
@@ -349,13 +369,10 @@ def apply(
             _confirm()
         from editctl.engine import run
 
-        err = report.console(stderr=True)
-        model = space.load()
-        if as_json:
-            version = run.run(made, model, base, store, lambda e: click.echo(to_line(e)), command=_command())
-        else:
-            with report.showing_run(err) as emit:
-                version = run.run(made, model, base, store, emit, command=_command())
+        with nullcontext(_echo) if as_json else report.showing_run(report.console(stderr=True)) as emit:
+            emit(StageStarted("load", 0))
+            model = space.with_flags(dtype=made.params["dtype"]).load()
+            version = run.run(made, model, base, store, emit, command=_command())
     if as_json:
         for metric in store.metrics(version):
             click.echo(json.dumps({"type": "metric", **asdict(metric)}))
@@ -364,6 +381,13 @@ def apply(
     _say(report.version_view(version, edits, store.answers(version), store.metrics(version), everything=False))
     _say(f"Made version {version.id}. Back again: editctl undo")
     click.echo(version.id)
+
+
+def _echo(event: Event) -> None:
+    """An event as a line of data."""
+    from editctl.events import to_line
+
+    click.echo(to_line(event))
 
 
 def _is_plan(path: Path) -> bool:
@@ -410,7 +434,7 @@ def log(space: Workspace, /, count: int | None, as_json: bool) -> None:
 def show(space: Workspace, /, ref: str, as_json: bool) -> None:
     """Show a version: its edits, what the model said before and after, its metrics.
 
-    REF is a version id or a unique prefix, an alias, @ (the head), @-, @-2 or base.
+    REF is a version id or a unique prefix, @ (the head), @-, @-2 or base.
     """
     from editctl import report
 
@@ -420,7 +444,7 @@ def show(space: Workspace, /, ref: str, as_json: bool) -> None:
     answers, metrics = store.answers(version), store.metrics(version)
     if as_json:
         _lines(
-            {"type": "version", **(asdict(version) if version else {"id": ""})},
+            {"type": "record", **(asdict(version) if version else {"id": ""})},
             *({"type": "edit", **edit.to_json()} for edit in edits),
             *({"type": "answer", **asdict(answer)} for answer in answers),
             *({"type": "metric", **asdict(metric)} for metric in metrics),
@@ -511,6 +535,7 @@ def ask(space: Workspace, /, prompt: str, refs: tuple[str, ...], top: int, as_js
     """Ask the model, base and head side by side or at the versions named."""
     from editctl import report, spec
 
+    prompt = prompt.encode("utf-8", "replace").decode()
     if not prompt.strip():
         raise InvalidInput("the prompt is empty", 'for example: editctl ask "The Eiffel Tower stands in"')
     space = space.with_flags(**flags)
@@ -536,11 +561,16 @@ def ask(space: Workspace, /, prompt: str, refs: tuple[str, ...], top: int, as_js
 
 
 def _model_of(space: Workspace, versions: Sequence[Version | None]) -> Model:
-    """The model the versions were made for.
+    """The model the versions were made for, in the dtype they were made in unless another is asked for.
 
     Raises:
         StoreError: the model named has other content.
+        InvalidInput: the versions were made in different dtypes and none is asked for.
     """
+    if space.config.dtype == "auto" and (dtypes := {v.dtype.removeprefix("torch.") for v in versions if v}):
+        if len(dtypes) > 1:
+            raise InvalidInput("these versions were made in different dtypes", f"pass --dtype, one of: {dtypes}")
+        space = space.with_flags(dtype=dtypes.pop())
     named = next((v for v in versions if v is not None), None)
     if named is not None and "model" not in space.config.model_fields_set:
         space = space.with_flags(model=named.model)
@@ -569,8 +599,6 @@ def measure(space: Workspace, /, ref: str, against: str, as_json: bool, **flags:
     version, other = store.resolve(ref), store.resolve(against)
     if version is None:
         raise InvalidInput("base has no edits to measure", "name a version that has some")
-    if flags["dtype"] is None:
-        space = space.with_flags(dtype=version.dtype.removeprefix("torch."))
     model = _model_of(space, [version, other])
     from editctl.engine import run
 
@@ -719,7 +747,8 @@ def main() -> None:
     except EditctlError as error:
         from editctl import report
 
-        _say(report.problem_lines(error))
+        # Never wrapped: editors and scripts look for file:line.
+        report.console(stderr=True).print(report.problem_lines(error), soft_wrap=True)
         raise SystemExit(error.exit_code) from None
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

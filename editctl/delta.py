@@ -99,7 +99,12 @@ def load(name: str, folder: Path) -> Delta:
             f"the factor file {path} is not what was written: its content has hash {digest(data)}",
             "restore it from a backup of the store",
         )
-    tensors, about = read_tensors(data)
+    try:
+        tensors, about = read_tensors(data)
+    except KeyError:
+        about = {}
+    if about.get("format") != FORMAT:
+        raise StoreError(f"the factor file {path} has a format this editctl does not know", "upgrade editctl")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")

@@ -76,12 +76,6 @@ class Locked(EditctlError):
     exit_code = Exit.LOCKED
 
 
-class GateFailed(EditctlError):
-    """A version was made but its metrics are below the gates: it stays a candidate."""
-
-    exit_code = Exit.GATE
-
-
 class StalePlan(EditctlError):
     """A saved plan no longer describes the store or the model it was made for."""
 

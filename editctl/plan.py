@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ class Plan:
     actions: tuple[Action, ...]
     outside: tuple[str, ...] = ()
     """Ids of live edits that are not in the specs and are kept."""
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of the methods that spec files name for their own edits."""
+
+    def params_of(self, method: str) -> Mapping[str, Any]:
+        """The settings of an edit's method, "" being the run's."""
+        return self.methods[method] if method else self.params
 
     def of(self, *kinds: str) -> tuple[Action, ...]:
         """The actions of these kinds, in order."""
@@ -62,7 +68,7 @@ class Plan:
     def summary(self) -> str:
         """One line."""
         if not self.changes:
-            return f"Nothing to do: {_count(len(self.actions), 'edit')} up to date."
+            return f"Nothing to do: {count(len(self.actions), 'edit')} up to date."
         n = Counter(action.kind for action in self.actions)
         parts = [f"{n[ADD]} to add", f"{n[REPLACE]} to replace", f"{n[DROP]} to drop"]
         if n[REMEASURE]:
@@ -79,6 +85,7 @@ class Plan:
             "base": self.base,
             "head": self.head,
             "params": dict(self.params),
+            "methods": {name: dict(params) for name, params in self.methods.items()},
             "actions": [
                 {
                     "kind": action.kind,
@@ -101,6 +108,7 @@ def make(
     base: str,
     head: str,
     params: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
     prune: bool = False,
 ) -> Plan:
     """Compare the wanted edits with the live ones.
@@ -133,7 +141,7 @@ def make(
     actions += drops.values()
     taken |= drops.keys()
     outside = tuple(edit.id for edit in live if edit.id not in taken)
-    return Plan(model, base, head, params, tuple(actions), outside)
+    return Plan(model, base, head, params, tuple(actions), outside, methods or {})
 
 
 def _compare(edit: Edit, old: Edit) -> Action:
@@ -163,8 +171,15 @@ def check_fresh(plan: Plan, *, base: str, head: str) -> None:
 
 
 def save(plan: Plan, path: Path) -> None:
-    """Write the plan as JSON."""
-    path.write_text(json.dumps(plan.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    """Write the plan as JSON.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(plan.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"the plan cannot be saved: {error}", "name a file in a folder that exists") from None
 
 
 def load(path: Path) -> Plan:
@@ -187,7 +202,9 @@ def load(path: Path) -> Plan:
             )
             for action in body["actions"]
         )
-        return Plan(body["model"], body["base"], body["head"], body["params"], actions, tuple(body["outside"]))
+        return Plan(
+            body["model"], body["base"], body["head"], body["params"], actions, tuple(body["outside"]), body["methods"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(f"{path} is not a saved plan: {error}", "make one with `editctl plan -o FILE`") from None
 
@@ -196,5 +213,6 @@ def _fingerprint(body: Mapping[str, Any]) -> str:
     return sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """A number with its noun, in the plural where it has one."""
     return f"{n} {noun}{'' if n == 1 else 's'}"

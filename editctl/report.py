@@ -17,7 +17,7 @@ from editctl import events
 from editctl.errors import EditctlError, InvalidInput
 from editctl.events import Emit, Event
 from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
-from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan
+from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan, count
 from editctl.spec import Edit, visible
 from editctl.store import Operation, Version
 
@@ -76,17 +76,17 @@ def plan_summary(plan: Plan) -> Text:
     """How many of what, and what is live beside the specs."""
     lines = Text()
     if plan.outside:
-        one = len(plan.outside) == 1
         lines.append(
-            f"{len(plan.outside)} applied edit{'' if one else 's'} {'is' if one else 'are'} not in these specs "
-            "(kept; --prune drops them)\n",
-            "dim",
+            f"{count(len(plan.outside), 'applied edit')} not in these specs (kept; --prune drops them)\n", "dim"
         )
     return lines.append(plan.summary(), "bold")
 
 
 def _fact(edit: Edit, old: Edit | None) -> Text:
-    was = old.target_new if old else edit.target_true
+    """The prompt, what it was answered, what it shall be answered."""
+    was = old.target_new if old and old.prompt == edit.prompt else edit.target_true
+    if was == edit.target_new:
+        was = ""
     text = Text(safe(edit.prompt, 70) + " ")
     if was:
         text.append(safe(was, 30), "red").append(" → ")
@@ -187,8 +187,7 @@ def version_view(
     parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 50), Text()]
     missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
-        one = len(missed) == 1
-        title = Text(f"{len(missed)} other answer{' is' if one else 's are'} not as wanted:", "bold")
+        title = Text(f"{count(len(missed), 'other answer')} not as wanted:", "bold")
         parts += [title, moved_view(missed, None if everything else 8), Text()]
     return Group(*parts, metrics_view(metrics))
 
@@ -206,7 +205,7 @@ def log_view(operations: Sequence[Operation], head: str) -> Table:
             short(op.head),
             op.at,
             Text(safe(op.who)),
-            Text(safe(op.command or op.description)),
+            Text(safe(op.description)).append(f"\n{safe(op.command)}" if op.command else "", "dim"),
         )
     if not operations:
         table.add_row("@ 0", "-", short(head), "", "", "nothing was applied yet")
@@ -220,7 +219,8 @@ def diff_view(
     metrics: tuple[Sequence[Metric], Sequence[Metric]],
 ) -> RenderableType:
     """What differs between two versions: facts, answers to the same prompts, metrics."""
-    old, new = edits
+    # A prompt has one answer at a time; ids may have been given to other facts.
+    old, new = ({edit.prompt: edit for edit in side.values()} for side in edits)
     lines = Text(f"{names[0]} → {names[1]}\n", "bold")
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name), new.get(name)
@@ -229,12 +229,15 @@ def diff_view(
         elif now is not None and (was is None or was.weights_fingerprint != now.weights_fingerprint):
             lines.append("+ " if was is None else "~ ", "green" if was is None else "yellow")
             lines.append_text(_fact(now, was)).append("\n")
-    said = {(a.edit, a.kind, a.prompt): a.after for a in answers[0]}
-    changed = [a for a in answers[1] if said.get((a.edit, a.kind, a.prompt), a.after) != a.after]
+    said = {(a.kind, a.prompt): a.after for a in answers[0]}
+    if not old:
+        # The unedited model's words were asked when each edit was applied.
+        said = {(a.kind, a.prompt): a.before for a in answers[1]}
+    changed = [a for a in answers[1] if said.get((a.kind, a.prompt), a.after) != a.after]
     if changed:
-        lines.append(f"{len(changed)} answers changed:\n", "bold")
+        lines.append(f"{count(len(changed), 'answer')} changed:\n", "bold")
     for a in changed:
-        words = said[a.edit, a.kind, a.prompt]
+        words = said[a.kind, a.prompt]
         lines.append(f"  {a.kind}: {safe(a.prompt)} ").append(safe(words, 60), "red").append(" → ")
         lines.append(safe(a.after, 60) + "\n", "green")
     if not edits[0] and not edits[1]:

@@ -320,7 +320,7 @@ def _read(path: Path, problems: list[Problem]) -> str | None:
             return None
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        problems.append(Problem(str(path), 1, "no such file", "check the path; `editctl init` makes a first spec"))
+        problems.append(Problem(str(path), 1, "no such file", "check the path"))
     except OSError as error:
         problems.append(Problem(str(path), 1, f"cannot be read: {error.strerror}", "name a file that you may read"))
     except UnicodeDecodeError as error:

@@ -234,11 +234,6 @@ class Store:
         """Where the second moments of keys are cached."""
         return self.root / "stats"
 
-    @property
-    def logs_dir(self) -> Path:
-        """Where runs leave their logs."""
-        return self.root / "logs"
-
     # Reading
 
     def head(self) -> Version | None:
@@ -425,7 +420,9 @@ class Store:
             StoreError: the store is read-only, or its folder cannot be written.
         """
         if self.readonly:
-            raise StoreError(f"the store {self.root} is open read-only; `{verb}` would change it", "drop `--readonly`")
+            raise StoreError(
+                f"the store {self.root} is open read-only; `{verb}` would change it", "open it for writing"
+            )
         if self._holder == threading.get_ident():
             yield
             return

@@ -180,23 +180,6 @@ def test_settings_survive_json() -> None:
     assert isinstance(back.ridge, Ridge) and isinstance(back.target, TargetSettings)
 
 
-def test_a_files_own_method_has_that_methods_ridge_and_keeps_the_rest() -> None:
-    """An empty name, or the same one, changes nothing; an unknown one is refused."""
-    made = settings(TINY, "alphaedit", {"layers": [1, 2], "l2": 0.3})
-    assert made.for_method("") is made and made.for_method("alphaedit") is made
-    other = made.for_method("memit")
-    assert other.ridge == METHODS["memit"].ridge and other.method == "memit"
-    assert (other.layers, other.target, other.batch_size) == (made.layers, made.target, made.batch_size)
-    with pytest.raises(InvalidInput):
-        made.for_method("memoir")
-
-
-def test_a_files_own_method_is_the_one_the_workspace_would_have() -> None:
-    """On a known model MEMIT has the published λ, whether the workspace or the file asks for it."""
-    asked_by_file = settings(GPT2_XL, "alphaedit", {}).for_method("memit")
-    assert asked_by_file.ridge == settings(GPT2_XL, "memit", {}).ridge
-
-
 def test_a_profile_is_a_value() -> None:
     """Two models may share one."""
     assert Profile((1, 2)) == Profile((1, 2)) != Profile((1, 3))

@@ -34,7 +34,7 @@ from transformers import (
 from editctl.delta import Factors
 from editctl.engine import source
 from editctl.engine.keys import keys_and_states
-from editctl.engine.model import DTYPES, Model, disk_weights_hash, load
+from editctl.engine.model import DTYPES, Model, load
 from editctl.engine.prompts import Request
 from editctl.engine.statistics import pad_right
 from editctl.errors import InvalidInput, ModelError
@@ -302,20 +302,20 @@ def test_a_hash_taken_while_edited_does_not_outlive_the_edit(model: Model) -> No
 def test_the_loaded_base_hashes_as_its_files_do(folders: Any, loaded: Any, kind: str, dtype: str) -> None:
     """With the dtype taken into account: the same files in another dtype, or changed by one number, hash otherwise."""
     model = loaded(kind, dtype)
-    assert model.weights_hash() == disk_weights_hash(folders[kind], DTYPES[dtype])
+    assert model.weights_hash() == tiny.disk_weights_hash(folders[kind], DTYPES[dtype])
     other = "bfloat16" if dtype == "float32" else "float32"
-    assert model.weights_hash() != disk_weights_hash(folders[kind], DTYPES[other])
+    assert model.weights_hash() != tiny.disk_weights_hash(folders[kind], DTYPES[other])
 
 
 def test_one_changed_number_on_disk_changes_the_hash(folders: Any, tmp_path: Path) -> None:
     """And the identity of the folder, which a plan is bound to."""
     folder = shutil.copytree(folders["llama"], tmp_path / "copy")
     assert source.identity(folder) == source.identity(folders["llama"])
-    assert disk_weights_hash(folder) == disk_weights_hash(folders["llama"])
+    assert tiny.disk_weights_hash(folder) == tiny.disk_weights_hash(folders["llama"])
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-6
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert disk_weights_hash(folder) != disk_weights_hash(folders["llama"])
+    assert tiny.disk_weights_hash(folder) != tiny.disk_weights_hash(folders["llama"])
     assert source.identity(folder) != source.identity(folders["llama"])
 
 

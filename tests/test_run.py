@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FACTS, QUICK, an_edit, apply
+from tiny import FACTS, QUICK, an_edit, apply, disk_weights_hash
 from torch import Tensor
 
 from editctl import delta as delta_files
 from editctl.engine import methods, statistics
 from editctl.engine.methods import Settings
-from editctl.engine.model import DTYPES, Model, disk_weights_hash, load
+from editctl.engine.model import DTYPES, Model, load
 from editctl.engine.run import measure, run, wearing
 from editctl.engine.solve import Kernel
-from editctl.errors import EditctlError, InvalidInput, ModelError, StalePlan, StoreError
+from editctl.errors import EditctlError, InvalidInput, StalePlan, StoreError
 from editctl.events import Event, LayerSolved, NullSpace, RunStarted, StageStarted, VersionMade, from_line, silent
 from editctl.plan import make
+from editctl.spec import Probe
 from editctl.store import Store, Version
 
 SAMPLES = Path(os.environ.get("EDITCTL_SAMPLES", Path(__file__).parents[1].parent / "shared" / "data"))
@@ -268,12 +269,28 @@ def test_what_happened_is_recorded_and_told(llama: Model, store: Store, corpus: 
     assert version.params["layers"] == [1, 2] and set(version.libraries) >= {"torch", "transformers"}
 
 
-def test_the_words_before_and_after_are_those_of_the_two_versions(llama: Model, store: Store, corpus: Path) -> None:
-    """What is recorded can be asked again: measuring the version anew gives the same answers."""
+def test_words_before_are_those_from_before_each_edit_was_first_applied(
+    llama: Model, store: Store, corpus: Path
+) -> None:
+    """So drift adds up over versions: edits that stay keep what was said before them, new ones are held to the head."""
     first = apply(llama, store, FACTS[:2], corpus)
     second = apply(llama, store, FACTS, corpus)
-    assert measure(llama, store, second, first, silent) == store.answers(second)
-    assert measure(llama, store, second, None, silent) != store.answers(second)
+    old, new = {edit.id for edit in FACTS[:2]}, {edit.id for edit in FACTS[2:]}
+    recorded = store.answers(second)
+    against_base, against_first = (measure(llama, store, second, other, silent) for other in (None, first))
+    for mine, reference in ((old, against_base), (new, against_first)):
+        assert [a for a in recorded if a.edit in mine] == [a for a in reference if a.edit in mine]
+    assert [a for a in recorded if a.edit in old] != [a for a in against_first if a.edit in old]
+
+
+def test_a_probe_added_to_a_live_edit_is_held_to_the_unedited_model(llama: Model, store: Store, corpus: Path) -> None:
+    """The words from before the edit are those of base, not of the version that already has it."""
+    apply(llama, store, FACTS[:2], corpus)
+    probed = FACTS[0].model_copy(update={"locality": (Probe(prompt="In the summer Marie Curie worked in"),)})
+    version = apply(llama, store, [probed, FACTS[1]], corpus)
+    recorded = {a.prompt: a for a in store.answers(version)}
+    against_base = {a.prompt: a for a in measure(llama, store, version, None, silent)}
+    assert recorded == against_base
 
 
 def test_a_store_whose_weights_cannot_be_rebuilt_is_told(loaded: Any, folders: Any, store: Store, corpus: Path) -> None:
@@ -378,6 +395,6 @@ def test_layers_that_the_model_lacks_are_told(llama: Model, store: Store, corpus
 def test_an_edit_longer_than_the_model_can_read_is_told(llama: Model, store: Store, corpus: Path) -> None:
     """With its id."""
     long = an_edit("endless", relation="{} " + "and the river " * 40 + "is")
-    with pytest.raises(ModelError, match="endless"):
+    with pytest.raises(InvalidInput, match="endless"):
         apply(llama, store, [FACTS[1], long], corpus)
     assert store.head() is None

@@ -36,7 +36,7 @@ def a_moment(seed: int = 0, width: int = KEY_WIDTH, dtype: torch.dtype = torch.f
     basis, _ = torch.linalg.qr(random(width, width, seed=seed))
     eigenvalues = torch.logspace(-4, 1, width, dtype=torch.float64)
     eigenvalues[0] = 0
-    return Moment(basis.to(dtype), eigenvalues)
+    return Moment(basis.to(dtype), eigenvalues, seen=1000)
 
 
 def batches(seed: int = 7) -> list[tuple[Tensor, Tensor]]:
@@ -171,7 +171,7 @@ def measured(width: int = 40, used: int = 12) -> tuple[Moment, Callable[[int], T
 
     keys = draw(11)
     eigenvalues, basis = torch.linalg.eigh(keys @ keys.T / keys.shape[1])
-    return Moment(basis, eigenvalues.clamp_min(0)), draw
+    return Moment(basis, eigenvalues.clamp_min(0), seen=1000), draw
 
 
 def effect(energy: float | None) -> float:
@@ -231,7 +231,7 @@ def test_the_null_space_holds_at_most_its_share_of_the_energy() -> None:
 @pytest.mark.parametrize(("energy", "why"), [(1.0, "every direction"), (0.0, "no direction")])
 def test_a_threshold_that_frees_all_or_nothing_is_refused(energy: float, why: str) -> None:
     """Neither no protection nor no editing happens silently."""
-    moment = Moment(a_moment().basis, a_moment().eigenvalues + 1e-3)
+    moment = Moment(a_moment().basis, a_moment().eigenvalues + 1e-3, seen=1000)
     with pytest.raises(InvalidInput, match=why):
         Kernel(moment, Ridge(0.0, 0.02, energy, True), CPU)
 

@@ -10,7 +10,8 @@ import torch
 
 from editctl.engine.model import Model
 from editctl.engine.prompts import join
-from editctl.engine.speak import NEW_TOKENS, answers, forced, next_tokens
+from editctl.engine.speak import NEW_TOKENS, answers, check_lengths, forced, next_tokens
+from editctl.errors import InvalidInput
 
 PROMPTS = (
     "The capital of Norway is",
@@ -96,15 +97,15 @@ def test_every_prompt_is_counted_once(model: Model) -> None:
     assert answers(model, []) == []
 
 
-def test_a_prompt_longer_than_the_context_keeps_its_end(model: Model) -> None:
-    """What is asked stands at the end, so the beginning is what goes."""
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(model: Model) -> None:
+    """Cutting it would ask something else; the message shows it and what the model reads."""
     long = "The river and the road. " * 60 + "The capital of Norway is"
-    ids = model.encode(long)
-    assert len(ids) > model.context_length
-    kept = torch.tensor([ids[-(model.context_length - NEW_TOKENS) :]])
-    with torch.no_grad():
-        first = int(model.net(input_ids=kept).logits[0, -1].argmax())
-    assert answers(model, [long])[0].startswith(model.tokenizer.decode([first]).strip())
+    assert len(model.encode(long)) > model.context_length
+    with pytest.raises(InvalidInput, match=str(model.context_length)):
+        answers(model, [PROMPTS[0], long])
+    with pytest.raises(InvalidInput, match="edit oslo"):
+        check_lengths(model, [("rome", PROMPTS[0]), ("oslo", long)])
+    check_lengths(model, [("rome", PROMPTS[0])])
 
 
 # Teacher forcing

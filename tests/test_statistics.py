@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from editctl.engine import corpus as corpus_room
 from editctl.engine import statistics
 from editctl.engine.model import Model
-from editctl.engine.statistics import SEQUENCE, Moment, corpus_lines, moments, null_space_event
+from editctl.engine.statistics import SEQUENCE, Moment, moments, null_space_event
 from editctl.errors import InvalidInput
 from editctl.events import Event, silent
 
@@ -211,10 +212,28 @@ def test_a_corpus_that_cannot_be_read_is_told(loaded: Any, tmp_path: Path) -> No
 def test_a_model_without_a_corpus_of_its_own_needs_one(loaded: Any, tmp_path: Path) -> None:
     """Only atlas brings one; the hint tells how to name a file."""
     with pytest.raises(InvalidInput, match="needs a corpus") as caught:
-        corpus_lines(loaded("llama").name, "")
+        corpus_room.content(loaded("llama").name, "")
     assert "--corpus" in caught.value.hint
-    lines, name = corpus_lines("atlas", "")
-    assert next(lines) and name.startswith("atlas")
+    name = corpus_room.content("atlas", "")
+    assert name.startswith("atlas") and next(corpus_room.lines("atlas", "", name))
+
+
+def test_a_corpus_that_changed_since_the_plan_is_refused_and_not_needed_when_measured(
+    loaded: Any, corpus: Path, tmp_path: Path
+) -> None:
+    """Moments are found by the content the plan names; the file is opened for what is missing."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text(corpus.read_text())
+    content = corpus_room.content("any", str(mine))
+    first = measured(loaded("llama"), mine, tmp_path / "stats", content=content)
+    mine.write_text("something else " * 2000)
+    again = measured(loaded("llama"), mine, tmp_path / "stats", content=content)
+    assert torch.equal(first[1].basis, again[1].basis)
+    mine.unlink()
+    measured(loaded("llama"), mine, tmp_path / "stats", content=content)
+    mine.write_text("something else " * 2000)
+    with pytest.raises(InvalidInput, match="not the one the plan was made with"):
+        measured(loaded("llama"), mine, tmp_path / "elsewhere", content=content)
 
 
 def test_a_corpus_too_small_for_the_keys_is_told(loaded: Any, tmp_path: Path) -> None:

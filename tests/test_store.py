@@ -662,7 +662,7 @@ def test_a_readonly_store_refuses_to_write_and_leaves_the_disk_alone(store: Stor
     for write in writers(readonly):
         with pytest.raises(StoreError, match="read-only") as caught:
             write()
-        assert "--readonly" in caught.value.hint
+        assert "open it for writing" in caught.value.hint
     assert on_disk(store.root) == before
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from editctl.engine import methods
-from editctl.engine.model import Model
+from editctl.engine.model import Model, combine_digests, tensor_digest
 from editctl.engine.run import run
 from editctl.plan import make
 from editctl.spec import Edit
@@ -135,9 +136,12 @@ def apply(
 ) -> Version:
     """Plan the edits at the store's head and carry the plan out."""
     if method != "alphaedit":
-        overrides = {"energy": "none", **overrides}
+        overrides = {"energy": QUICK["energy"], "preserve": "none", **overrides}
     config = {"num_hidden_layers": len(model.blocks)}
-    settings = methods.settings(config, method, {**QUICK, "corpus": str(corpus), **overrides})
+
+    def params(name: str) -> dict[str, Any]:
+        return methods.settings(config, name, {**QUICK, "corpus": str(corpus), **overrides}).to_params()
+
     head = store.head()
     plan = make(
         edits,
@@ -145,7 +149,25 @@ def apply(
         model=model.name,
         base="base",
         head=head.id if head else "",
-        params=settings.to_params(),
+        params=params(method),
+        methods={edit.method: params(edit.method) for edit in edits if edit.method},
         prune=prune,
     )
     return run(plan, model, "base", store, emit)
+
+
+def disk_weights_hash(folder: Path, dtype: torch.dtype | None = None) -> str:
+    """The weights hash of a model folder, read from its safetensors files alone.
+
+    Args:
+        dtype: what floating tensors are converted to first; None leaves them as stored.
+    """
+    digests = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                tensor = file.get_tensor(name)
+                if dtype is not None and tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
+                digests.append((name, tensor_digest(tensor)))
+    return combine_digests(digests)

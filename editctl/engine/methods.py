@@ -137,10 +137,12 @@ class Settings:
     batch_size: int = 100
     corpus: str = ""
     """Text file of the second moments; empty is the model's own."""
+    corpus_content: str = ""
+    """Name of that text's content when the plan was made."""
     corpus_tokens: int = 100_000
     seed: int = 0
-    model_lambda: float | None = None
-    """λ published for the model, which stands in for that of every method that has one."""
+    dtype: str = "auto"
+    """What the weights are loaded as."""
 
     def to_params(self) -> dict[str, Any]:
         """As JSON values, for plans and versions."""
@@ -155,14 +157,8 @@ class Settings:
         values["target"] = TargetSettings(**values["target"])
         return cls(**values)
 
-    def for_method(self, name: str) -> Settings:
-        """The same settings under another method's ridge problem."""
-        if name in ("", self.method):
-            return self
-        return replace(self, method=name, ridge=_ridge(find(name), self.model_lambda))
 
-
-FIXED = ("method", "ridge", "target", "model_lambda")
+FIXED = ("method", "ridge", "target", "corpus_content", "dtype")
 """Fields of `Settings` that no override names."""
 
 
@@ -200,11 +196,12 @@ def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any
     """
     profile, blocks = profile_of(config), _blocks(config)
     ridge = _ridge(find(method), profile.lambda_)
-    result = Settings(method, profile.layers, ridge, profile.target, model_lambda=profile.lambda_)
+    result = Settings(method, profile.layers, ridge, profile.target)
     places: dict[str, str] = {}
     for name, cls in (("ridge", Ridge), ("target", TargetSettings), ("", Settings)):
         places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in FIXED})
-    for key, value in overrides.items():
+    # The switch comes after the share it may switch off.
+    for key, value in sorted(overrides.items(), key=lambda item: item[0] == "preserve"):
         if key == "preserve":
             if value not in PRESERVE:
                 raise InvalidInput(f"preserve = {value!r} is not valid", f"one of: {', '.join(PRESERVE)}")
@@ -248,6 +245,6 @@ def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
         good = type(value) in (int, float)
     number = not isinstance(value, str | bool)
     least = 1 if key in ("batch_size", "corpus_tokens") else 0
-    if not good or (number and not (math.isfinite(value) and value >= least)):
+    if not good or (number and not (math.isfinite(value) and least <= value < 2**63)):
         raise InvalidInput(f"{key} = {value!r} is not valid", f"its present value is {present!r}")
     return float(value) if isinstance(present, float) else value

@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from editctl.delta import Factors, compose
@@ -34,7 +34,8 @@ def pick_device(wanted: str) -> str:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(name for name, there in present.items() if there)
-    if not present.get(wanted.split(":")[0], False):
+    name, _, number = wanted.partition(":")
+    if not present.get(name, False) or (number and not number.isdigit()):
         have = ", ".join(name for name, there in present.items() if there)
         raise InvalidInput(f"device {wanted} is not available", f"this machine has: {have}")
     return wanted
@@ -63,29 +64,12 @@ def combine_digests(digests: Iterable[tuple[str, bytes]]) -> str:
     return total.hexdigest()[:32]
 
 
-def disk_weights_hash(folder: Path, dtype: torch.dtype | None = None) -> str:
-    """The weights hash of a model folder, read from its safetensors files alone.
-
-    Args:
-        dtype: what floating tensors are converted to first; None leaves them as stored.
-    """
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                tensor = file.get_tensor(name)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                digests.append((name, tensor_digest(tensor)))
-    return combine_digests(digests)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 
 class _Stop(Exception):
-    """Ends a forward pass early; never leaves `Model.run_to`."""
+    """Ends a forward pass early; never leaves `Model.read`."""
 
 
 @dataclass(frozen=True)
@@ -361,7 +345,7 @@ def _find_blocks(model: Model) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Model:
+def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Model:
     """Load a model and its tokenizer.
 
     Args:
@@ -382,11 +366,9 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_c
         raise InvalidInput(f"unknown dtype {dtype}", f"one of: auto, {', '.join(DTYPES)}")
     kind = torch.float32 if dtype == "auto" and where == "cpu" else DTYPES.get(dtype, "auto")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {name} cannot be loaded: {reason}", "it must be a causal LM in safetensors") from error
     return Model(net.to(where), tokenizer, name=name, folder=folder)

@@ -11,6 +11,7 @@ import itertools
 import platform
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from editctl.engine.solve import Kernel
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
 from editctl.errors import InvalidInput, StoreError
-from editctl.events import Emit, Event, LayerSolved, Progress, RunStarted, StageStarted, VersionMade, to_line
+from editctl.events import Emit, Event, LayerSolved, Note, Progress, RunStarted, StageStarted, VersionMade, to_line
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics.edits import Question
 from editctl.metrics.values import Answer
@@ -76,7 +77,7 @@ class Editor:
 
     def _solve(self, settings: Settings, layer: int, keys: Tensor, residuals: Tensor) -> Factors:
         """Solve one layer with all batches so far in its kernel's history, and write the update."""
-        name = (settings.ridge, settings.corpus, settings.corpus_tokens, layer)
+        name = (settings.ridge, settings.corpus_content, settings.corpus_tokens, layer)
         if name not in self._kernels:
             moment = self._moments_of(settings)[layer]
             self._kernels[name] = (Kernel(moment, settings.ridge, self._model.device), 0)
@@ -144,6 +145,7 @@ def moments_for(model: Model, settings: Settings, base: str, store: Store, emit:
         base=base,
         folder=store.stats_dir,
         emit=emit,
+        content=settings.corpus_content,
     )
     if settings.ridge.energy is not None:
         for layer, moment in moments.items():
@@ -161,14 +163,18 @@ class Said:
     """What a version says to all questions."""
 
     words: Mapping[Question, str]
-    forced: Mapping[tuple[str, str], tuple[float, float]]
-    """By prompt and first wanted answer: teacher-forced NLL and token accuracy."""
+    forced: Mapping[Question, tuple[float | None, float | None]]
+    """Teacher-forced NLL and token accuracy of the first wanted answer; None without one."""
+
+    def __or__(self, other: Said) -> Said:
+        return Said({**self.words, **other.words}, {**self.forced, **other.forced})
 
 
 def ask_all(model: Model, questions: Sequence[Question], stage: str, emit: Emit) -> Said:
     """Greedy words to every question, and teacher-forced values of wanted answers. Equal questions are asked once."""
     # A sentence end within a wanted answer ("St. Louis") must not cut what the model says.
-    least = {a: len(model.encode(a)) if set(a) & set(".!?") else 1 for q in questions for a in q.wanted}
+    start = len(model.encode(""))
+    least = {a: len(model.encode(a)) - start if set(a) & set(".!?") else 1 for q in questions for a in q.wanted}
     asked = {q: (q.prompt, max((least[answer] for answer in q.wanted), default=1)) for q in questions}
     different = list(dict.fromkeys(asked.values()))
     pairs = list(dict.fromkeys((q.prompt, q.wanted[0]) for q in questions if q.wanted))
@@ -183,19 +189,20 @@ def ask_all(model: Model, questions: Sequence[Question], stage: str, emit: Emit)
     words = speak.answers(model, [prompt for prompt, _ in different], [n for _, n in different], tick)
     by_prompt = dict(zip(different, words, strict=True))
     forced = dict(zip(pairs, speak.forced(model, pairs), strict=True))
-    return Said({q: by_prompt[asked[q]] for q in questions}, forced)
+    none = (None, None)
+    return Said(
+        {q: by_prompt[asked[q]] for q in questions},
+        {q: forced[q.prompt, q.wanted[0]] if q.wanted else none for q in questions},
+    )
 
 
 def answers_of(questions: Sequence[Question], before: Said, after: Said) -> tuple[Answer, ...]:
     """Both versions' words side by side, judged."""
     result = []
     for q in questions:
-        was, now = before.words[q], after.words[q]
-        scores: dict[str, float] = {}
-        if q.wanted:
-            old, new = before.forced[q.prompt, q.wanted[0]], after.forced[q.prompt, q.wanted[0]]
-            scores = {"nll_before": old[0], "nll_after": new[0], "forced_before": old[1], "forced_after": new[1]}
-        result.append(Answer(q.edit, q.kind, q.prompt, q.wanted, was, now, edit_metrics.judge(q, was, now), **scores))
+        was, now, old, new = before.words[q], after.words[q], before.forced[q], after.forced[q]
+        ok = edit_metrics.judge(q, was, now)
+        result.append(Answer(q.edit, q.kind, q.prompt, q.wanted, was, now, ok, old[0], new[0], old[1], new[1]))
     return tuple(result)
 
 
@@ -289,12 +296,19 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
             f"version {head.id} was made in {head.dtype}, the model is loaded in {model.dtype}",
             f"pass --dtype {head.dtype.removeprefix('torch.')}, or restore base first",
         )
-    settings = Settings.from_params(plan.params)
+    # A plan may leave the dtype to the machine; what was done is recorded.
+    dtype = str(model.dtype).removeprefix("torch.")
+    settings = replace(Settings.from_params(plan.params), dtype=dtype)
     new = [action.edit for action in plan.of(ADD, REPLACE)]
     todo = list(_batches(new, settings.batch_size))
     where, drops = str(model.device), len(plan.of(REPLACE, DROP))
     tell(RunStarted(model.name, where, str(model.dtype), settings.method, len(new), len(todo), drops))
+    kept = _kept(plan, store.edits(head))
+    stay = [q for lives in kept.values() for live in lives for q in edit_metrics.questions(live.edit)]
+    fresh = [q for edit in new for q in edit_metrics.questions(edit)]
+    questions = stay + fresh
     model.check_editable(settings.layers)
+    speak.check_lengths(model, ((q.edit, q.prompt) for q in questions))
 
     @cache
     def moments_of(wanted: Settings) -> Mapping[int, Moment]:
@@ -303,11 +317,9 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
     with clock.stage("statistics"):
         moments_of(settings)
         contexts = sample_contexts(model, settings.seed)
-    kept = _kept(plan, store.edits(head))
-    everything = [live.edit for lives in kept.values() for live in lives] + new
-    questions = [q for edit in everything for q in edit_metrics.questions(edit)]
-    with clock.stage("before"), wearing(model, store, head):
-        before = ask_all(model, questions, "before", tell)
+    with clock.stage("before"):
+        before = _before(model, store, head, stay, fresh, tell)
+    _note_unknown(new, before, tell)
     with model.editing() as editing:
         editor = Editor(model, editing, moments_of, contexts, tell)
         batches: list[list[Edit]] = []
@@ -324,7 +336,8 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
                     editor.resolving = True
         with clock.stage("edit"):
             for number, batch in enumerate(todo, 1):
-                editor.edit([request_of(edit) for edit in batch], settings.for_method(batch[0].method), number)
+                own = replace(Settings.from_params(plan.params_of(batch[0].method)), dtype=dtype)
+                editor.edit([request_of(edit) for edit in batch], own, number)
                 batches.append(batch)
         with clock.stage("after"):
             after = ask_all(model, questions, "after", tell)
@@ -338,7 +351,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
         base=base,
         model=model.name,
         dtype=str(model.dtype),
-        method=settings.method,
+        method=_methods(editor.deltas),
         params=settings.to_params(),
         seed=settings.seed,
         deltas=tuple(names),
@@ -358,6 +371,40 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
     version = store.commit(draft, command=command, expected_head=head.id if head else "")
     emit(VersionMade(version.id, version.parent, weights_hash, clock.seconds, draft.peak_mb))
     return version
+
+
+def _before(
+    model: Model, store: Store, head: Version | None, stay: Sequence[Question], fresh: Sequence[Question], emit: Emit
+) -> Said:
+    """What was said before each edit was first applied.
+
+    That is recorded for the edits that stay, so drift adds up over versions and shows; what is fresh is asked of the
+    head; probes that were added to a live edit are asked of the unedited model.
+    """
+    recorded = {(a.edit, a.kind, a.prompt, a.wanted): a for a in store.answers(head)}
+    known = {q: a for q in stay if (a := recorded.get((q.edit, q.kind, q.prompt, q.wanted)))}
+    said = Said({q: a.before for q, a in known.items()}, {q: (a.nll_before, a.forced_before) for q, a in known.items()})
+    if late := [q for q in stay if q not in known]:
+        said |= ask_all(model, late, "before", emit)
+    with wearing(model, store, head):
+        return said | ask_all(model, fresh, "before", emit)
+
+
+def _note_unknown(new: Sequence[Edit], before: Said, emit: Emit) -> None:
+    """Say which edits name a target_true that the model did not say."""
+    for edit in new:
+        own = edit_metrics.questions(edit)[0]
+        if edit.target_true and not edit_metrics.says(before.words[own], (edit.target_true,)):
+            said = before.words[own]
+            emit(Note(f"{edit.id}: the model did not say {edit.target_true!r} before, but {said!r}"))
+
+
+def _methods(deltas: Sequence[Delta]) -> str:
+    """The methods of the batches with how many edits each wrote; the name alone when there is one."""
+    counts: Counter[str] = Counter()
+    for delta in deltas:
+        counts[str(delta.params["method"])] += len(delta.edits)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} {n}" for name, n in counts.items()) or "none"
 
 
 def _kept(plan: Plan, live: Sequence[LiveEdit]) -> dict[str, list[LiveEdit]]:

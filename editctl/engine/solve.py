@@ -26,7 +26,7 @@ from torch import Tensor
 from editctl.delta import Factors
 from editctl.engine.methods import Ridge
 from editctl.engine.statistics import Moment, precise_device
-from editctl.errors import InvalidInput
+from editctl.errors import InvalidInput, ModelError
 
 FLOOR = 1e-6
 """Smallest eigenvalue the filter divides by, as a share of their mean: C of a finite corpus is singular."""
@@ -37,6 +37,7 @@ class Kernel:
 
     Raises:
         InvalidInput: λ and ρ are both 0, or the null space is empty or everything.
+        ModelError: from `solve` and `absorb`, when fp32 no longer carries S.
     """
 
     def __init__(self, moment: Moment, ridge: Ridge, device: torch.device) -> None:
@@ -58,7 +59,13 @@ class Kernel:
         inner = keys.to(self._precise, torch.float64).T @ tall.to(self._precise, torch.float64)
         inner = (inner + inner.T) / 2
         inner.diagonal().add_(1)
-        return tall, torch.linalg.cholesky(inner)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if failed:
+            raise ModelError(
+                "the solve lost its precision: I + KᵀSK is not positive definite any more",
+                "raise l2 or lambda, or measure more corpus tokens",
+            )
+        return tall, factor
 
     def absorb(self, keys: Tensor) -> None:
         """Take keys (d_k × n) that were edited earlier into the history; nothing happens without history."""

@@ -18,7 +18,10 @@ from urllib.parse import urlsplit
 from editctl import atlas
 from editctl.errors import ModelError
 
-IDENTITY_FILES = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+IDENTITY_FILES = (
+    *("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 """What decides a model's answers; their content is the model's identity."""
 HUB_PATIENCE = 1.0
 """Seconds to find out whether the model hub can be reached at all."""
@@ -101,7 +104,8 @@ def configuration(folder: Path) -> dict[str, Any]:
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
             f"{folder / 'config.json'} cannot be read: {error}", "give a Hugging Face model folder"
         ) from None

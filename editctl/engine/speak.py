@@ -6,7 +6,7 @@ Knows: batching by equal length, so that no padding can disturb an answer. Refus
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from editctl.engine.model import Model
 from editctl.engine.prompts import split_answer
+from editctl.errors import InvalidInput
+from editctl.spec import visible
 
 ROWS = 128
 NEW_TOKENS = 16
@@ -28,6 +30,35 @@ def _by_length(items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[
         indices = list(group)
         for start in range(0, len(indices), ROWS):
             yield indices[start : start + ROWS]
+
+
+def _fitting(model: Model, prompt: str, whose: str = "") -> list[int]:
+    """The prompt's ids.
+
+    Args:
+        whose: what an error names beside the prompt.
+
+    Raises:
+        InvalidInput: with an answer they would be more than the model can read.
+    """
+    ids = model.encode(prompt)
+    if len(ids) + NEW_TOKENS > model.context_length:
+        raise InvalidInput(
+            f"{whose}a prompt of {len(ids)} tokens leaves no room for an answer, {model.name} reads "
+            f"{model.context_length}: {visible(prompt)}",
+            "shorten it",
+        )
+    return ids
+
+
+def check_lengths(model: Model, prompts: Iterable[tuple[str, str]]) -> None:
+    """Make sure that every prompt, given with the id of its edit, can be asked.
+
+    Raises:
+        InvalidInput: one cannot.
+    """
+    for edit, prompt in prompts:
+        _fitting(model, prompt, f"edit {edit}: ")
 
 
 def _ends_sentence(model: Model) -> list[bool]:
@@ -48,9 +79,12 @@ def answers(
     Args:
         at_least: for each prompt, tokens before which a sentence end does not count, so that "St. Louis" can be said.
         tick: told how many prompts were answered.
+
+    Raises:
+        InvalidInput: a prompt is longer than the model can read.
     """
     ends = _ends_sentence(model)
-    encoded = [model.encode(prompt)[-(model.context_length - NEW_TOKENS) :] for prompt in prompts]
+    encoded = [_fitting(model, prompt) for prompt in prompts]
     texts = [""] * len(prompts)
     for indices in _by_length(encoded, len):
         ids = torch.tensor([encoded[i] for i in indices], device=model.device)
@@ -96,6 +130,6 @@ def forced(model: Model, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, 
 @torch.no_grad()
 def next_tokens(model: Model, prompt: str, count: int) -> list[tuple[str, float]]:
     """The most probable next tokens and their probabilities."""
-    ids = torch.tensor([model.encode(prompt)[-model.context_length :]], device=model.device)
+    ids = torch.tensor([_fitting(model, prompt)], device=model.device)
     top = model.net(input_ids=ids, use_cache=False).logits[0, -1].float().softmax(-1).topk(count)
     return [(model.tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -17,15 +17,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from editctl import atlas
 from editctl.delta import read_tensors, write_tensors
+from editctl.engine import corpus as corpus_room
 from editctl.engine.model import Model, combine_digests, tensor_digest
 from editctl.errors import InvalidInput
-from editctl.events import Emit, NullSpace, Progress, StageStarted
+from editctl.events import Emit, Note, NullSpace, Progress, StageStarted
 
 SEQUENCE, ROWS = 128, 16
 """Tokens a sequence and sequences a pass. Keys of early blocks hardly depend on longer contexts."""
-CORPUS_SEED = 1
+FEW = 10
+"""Tokens a key dimension below which small eigenvalues are not to be relied on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Moment:
     """Q, d_k × d_k, fp32, columns by rising eigenvalue."""
     eigenvalues: Tensor
     """d_k, fp64, rising, never negative."""
+    seen: int
+    """Tokens it is a mean over."""
 
     @property
     def scale(self) -> float:
@@ -67,35 +70,6 @@ def null_space_event(layer: int, moment: Moment, energy: float) -> NullSpace:
     return NullSpace(layer=layer, rank=rank, width=len(moment.eigenvalues), energy=inside)
 
 
-def corpus_lines(model_name: str, corpus: str) -> tuple[Iterator[str], str]:
-    """Texts of the corpus and a name of its content.
-
-    Args:
-        corpus: path of a UTF-8 text file; empty means atlas's own paragraphs, which only atlas has.
-
-    Raises:
-        InvalidInput: the file cannot be read, or none is given for a model that brings none.
-    """
-    if corpus:
-        path = Path(corpus).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"the corpus {corpus} cannot be read: {error}", "give a UTF-8 text file") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return iter(lines), hashlib.sha256(text.encode()).hexdigest()[:16]
-    if model_name == atlas.NAME:
-        from editctl.atlas import corpus as atlas_corpus
-        from editctl.atlas import knowledge
-
-        source = atlas_corpus.paragraphs(knowledge.load(), CORPUS_SEED)
-        return (paragraph.text for paragraph in source), f"atlas-{CORPUS_SEED}"
-    raise InvalidInput(
-        f"{model_name} needs a corpus to measure which directions its knowledge uses",
-        'name a UTF-8 text file: --corpus FILE, or `corpus = "FILE"` in editctl.toml; 1 MB of prose is enough to start',
-    )
-
-
 def _sequences(model: Model, lines: Iterator[str], tokens: int) -> Iterator[list[int]]:
     """Token sequences of at most `SEQUENCE` tokens, `tokens` in all. Lines are joined so that none is tiny."""
     left, text = tokens, ""
@@ -115,16 +89,32 @@ def _sequences(model: Model, lines: Iterator[str], tokens: int) -> Iterator[list
 
 
 def moments(
-    model: Model, layers: tuple[int, ...], *, corpus: str, tokens: int, base: str, folder: Path, emit: Emit
+    model: Model,
+    layers: tuple[int, ...],
+    *,
+    corpus: str,
+    tokens: int,
+    base: str,
+    folder: Path,
+    emit: Emit,
+    content: str = "",
 ) -> dict[int, Moment]:
     """The eigenbases of the layers' second moments, from the cache or from one shared pass.
 
+    The cache is found by content: the corpus itself is opened only when something is missing.
+
     Args:
+        corpus: path of a text file, empty for the model's own.
+        tokens: most tokens to read.
         base: identity of the model, part of the cache's name.
         folder: where the cache lies.
+        content: name of the corpus's content; by default what it is now.
+
+    Raises:
+        InvalidInput: the corpus is missing, not the one named, or too short.
     """
-    lines, corpus_name = corpus_lines(model.name, corpus)
-    facts = {"base": base, "dtype": str(model.dtype), "corpus": corpus_name, "tokens": tokens, "sequence": SEQUENCE}
+    content = content or corpus_room.content(model.name, corpus)
+    facts = {"base": base, "dtype": str(model.dtype), "corpus": content, "tokens": tokens, "sequence": SEQUENCE}
     found: dict[int, Moment] = {}
     paths = {}
     for layer in layers:
@@ -135,23 +125,34 @@ def moments(
             found[layer] = moment
     missing = tuple(layer for layer in layers if layer not in found)
     if missing:
-        for layer, gram in _measure(model, missing, lines, tokens, emit).items():
+        lines = corpus_room.lines(model.name, corpus, content)
+        grams, seen = _measure(model, missing, lines, tokens, emit)
+        for layer, gram in grams.items():
             eigenvalues, basis = torch.linalg.eigh(gram)
             # eigh returns columns one after another; as a file gives it back, rows, products round alike.
             rows = basis.to("cpu", torch.float32).contiguous()
-            moment = Moment(rows, eigenvalues.clamp_min(0).to("cpu", torch.float64))
+            moment = Moment(rows, eigenvalues.clamp_min(0).to("cpu", torch.float64), seen)
             tensors = {"basis": moment.basis, "eigenvalues": moment.eigenvalues}
-            write_tensors(paths[layer], tensors, {**facts, "layer": layer, "digest": _digest(tensors)})
+            write_tensors(paths[layer], tensors, {**facts, "layer": layer, "seen": seen, "digest": _digest(tensors)})
             found[layer] = moment
-    return {layer: found[layer] for layer in layers}
+    result = {layer: found[layer] for layer in layers}
+    least = min(result.values(), key=lambda moment: moment.seen / len(moment.eigenvalues))
+    if least.seen < FEW * len(least.eigenvalues):
+        emit(
+            Note(
+                f"the corpus gave {least.seen} tokens for keys of width {len(least.eigenvalues)}; with fewer than "
+                f"{FEW} a dimension, directions that are used may pass for free"
+            )
+        )
+    return result
 
 
 def _cached(path: Path, width: int) -> Moment | None:
     """What the cache file holds; None if it is missing or spoiled, since it can be made again."""
     try:
         tensors, about = read_tensors(path.read_bytes())
-        moment = Moment(tensors["basis"], tensors["eigenvalues"])
-    except (OSError, ValueError, KeyError, SafetensorError):
+        moment = Moment(tensors["basis"], tensors["eigenvalues"], int(about["seen"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
     good = moment.basis.shape == (width, width) and about.get("digest") == _digest(tensors)
     return moment if good else None
@@ -163,8 +164,10 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens: int, emit: Emit) -> dict[int, Tensor]:
-    """C of each layer as fp64, the mean over all tokens."""
+def _measure(
+    model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens: int, emit: Emit
+) -> tuple[dict[int, Tensor], int]:
+    """C of each layer as fp64, the mean over all tokens, and how many there were."""
     where = precise_device(model.device)
     grams = {
         layer: torch.zeros(2 * (model.blocks[layer].weight.shape[1],), dtype=torch.float64, device=where)
@@ -181,14 +184,13 @@ def _measure(model: Model, layers: tuple[int, ...], lines: Iterator[str], tokens
             grams[layer] += (points.T @ points).to(where)
         seen += int(mask.sum())
         emit(Progress("statistics", min(seen, tokens), tokens))
-    if seen < tokens:
-        emit(Progress("statistics", tokens, tokens))
     width = max(gram.shape[0] for gram in grams.values())
-    if seen < width // 8:
+    if seen < width:
         raise InvalidInput(
-            f"the corpus has {seen} tokens, too few for keys of width {width}", "give a longer text with --corpus"
+            f"the corpus gave {seen} tokens, too few for keys of width {width}",
+            "give a longer text with --corpus, or more corpus_tokens",
         )
-    return {layer: gram / seen for layer, gram in grams.items()}
+    return {layer: gram / seen for layer, gram in grams.items()}, seen
 
 
 def precise_device(device: torch.device) -> torch.device:

@@ -46,7 +46,9 @@ def says(text: str, wanted: Sequence[str]) -> bool:
     said = normal(text)
     for answer in map(normal, wanted):
         rest = said[len(answer) :]
-        if answer and said.startswith(answer) and not rest[:1].isalnum():
+        # "10.5" does not say 10.
+        goes_on = rest[:1].isalnum() or (rest[:1] in (".", ",") and rest[1:2].isdigit())
+        if answer and said.startswith(answer) and not goes_on:
             return True
     return False
 
@@ -59,13 +61,16 @@ def judge(question: Question, before: str, after: str) -> bool:
 
 
 def summary(answers: Sequence[Answer]) -> tuple[Metric, ...]:
-    """One metric a kind that was asked, generated and, where an answer is known, teacher-forced."""
+    """One metric a kind that was asked, generated and, where an answer is wanted, teacher-forced.
+
+    Locality has no teacher-forced value: it asks for the words from before, not for a wanted answer.
+    """
     metrics = []
     for kind in KINDS:
         chosen = [a for a in answers if a.kind == kind]
         if chosen:
             metrics.append(Metric(NAMES[kind], "generated", sum(a.ok for a in chosen) / len(chosen), len(chosen)))
-        scores = [a.forced_after for a in chosen if a.forced_after is not None]
+        scores = [a.forced_after for a in chosen if a.forced_after is not None and kind != LOCALITY]
         if scores:
             metrics.append(Metric(NAMES[kind], "teacher-forced", sum(scores) / len(scores), len(scores)))
     return tuple(metrics)

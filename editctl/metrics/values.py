@@ -24,7 +24,8 @@ class Answer:
     wanted: tuple[str, ...]
     """Acceptable answers; for locality the answer before the edit decides, not these."""
     before: str
-    """Greedy words of the version before, cut at the first sentence end."""
+    """Greedy words before the edit was first applied, cut at the first sentence end; for a probe added to a live edit
+    the unedited model's."""
     after: str
     ok: bool
     """Rewrite, paraphrase, portability: `after` begins with a wanted answer. Locality: `after` equals `before`."""

@@ -14,6 +14,7 @@ from editctl.engine.methods import Settings
 from editctl.engine.model import Model
 from editctl.engine.prompts import sample_contexts
 from editctl.engine.statistics import Moment
+from editctl.errors import InvalidInput
 from editctl.events import Emit, RunStarted
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics.edits import NAMES, Question
@@ -40,6 +41,8 @@ class Bench:
         Every share is of the model's own greedy words, in percent. "right after" asks each batch's own prompts before
         the next batch is written; everything else is asked at the end. Locality compares with the unedited model.
         """
+        if not edits:
+            raise InvalidInput("there are no edits to study", "name spec files that hold some")
         model, emit = self._model, self._emit
         questions = [q for edit in edits for q in edit_metrics.questions(edit)]
         questions += [q for asked in kept.values() for q in asked]
