@@ -483,6 +483,72 @@ def test_a_difference_names_facts_and_answers(applied: str, run: Run) -> None:
     assert (data["added"], data["removed"], data["new"]) == (["bolero", "tower"], [], applied)
 
 
+def test_the_first_difference_shows_the_answers_that_changed_from_the_unedited_models(applied: str, run: Run) -> None:
+    """Its words were asked when the edits were applied."""
+    text = run("diff", "base", "@").out
+    assert "rewrite: Everyone knows that the Eiffel Tower is in Paris → Rome" in text
+    assert "locality: " not in text, "what did not change is not listed"
+
+
+def test_an_id_given_to_another_fact_makes_two_differences(applied: str, run: Run) -> None:
+    """Facts are paired by their prompts: nobody ever said that of the old one."""
+    other = (
+        TOWER.replace("the Eiffel Tower", "Big Ben").replace('"Paris"', '"London"').replace("The capital", "Capital")
+    )
+    spec("tower.toml", other)
+    assert run("apply", "--yes", "--prune").code == 0
+    text = run("diff").out
+    assert "- Everyone knows that the Eiffel Tower is in" in text
+    assert "+ Everyone knows that Big Ben is in London → Rome" in text
+
+
+def test_a_file_of_another_method_gets_the_flags_too_and_is_named(new: Path, run: Run) -> None:
+    """`--set` holds for every method of the plan; the version says which wrote how many."""
+    (new / "specs/dolphin.toml").write_text('version = 1\nmethod = "memit"\n\n' + DOLPHIN)
+    plan = run("plan", "--json", "--set", "lambda=55").of("plan")[0]
+    assert plan["methods"]["memit"]["ridge"]["lambda_"] == 55
+    assert run("apply", "--yes", "--set", "steps=2").code == 0
+    assert run("show", "--json").of("record")[0]["method"] == "alphaedit 2, memit 1"
+
+
+def test_warnings_are_told_where_the_specs_are_used(applied: str, run: Run) -> None:
+    """On stderr, beside the plan; and an empty folder never drops everything."""
+    Path("empty").mkdir()
+    assert "holds no *.toml file" in run("plan", "empty").err
+    outcome = run("apply", "empty", "--prune", "--yes")
+    assert outcome.code == 2 and "--prune would drop everything" in outcome.err
+    assert head() == applied
+
+
+def test_a_saved_plan_takes_no_other_orders(new: Path, run: Run) -> None:
+    """What it says is what is done; a flag beside it would be ignored."""
+    assert run("plan", "-o", "plan.json").code == 0
+    for flags in (("--method", "memit"), ("--set", "energy=0.3"), ("--prune",), ("--batch-size", "1")):
+        outcome = run("apply", "plan.json", *flags)
+        assert outcome.code == 2 and "already decides" in outcome.err
+    assert head() == ""
+
+
+def test_a_version_is_asked_and_extended_in_the_dtype_it_was_made_in(new: Path, run: Run) -> None:
+    """Without saying so again; a saved plan holds it too, and another dtype is refused."""
+    assert run("apply", "specs/tower.toml", "--yes", "--dtype", "bfloat16").code == 0
+    assert run("plan", "-o", "plan.json").code == 0
+    assert run("apply", "plan.json").code == 0
+    assert [v.dtype for v in Store(Path("store")).versions()] == ["torch.bfloat16"] * 2
+    assert said(run, ASK_TOWER) == "Rome"
+    assert run("measure").code == 0
+    spec("dolphin.toml", DOLPHIN)
+    outcome = run("apply", "--yes", "--dtype", "float32")
+    assert outcome.code == 2 and "made in torch.bfloat16" in outcome.err
+
+
+def test_a_target_true_the_model_did_not_say_is_noted(new: Path, run: Run) -> None:
+    """The version is made all the same."""
+    spec("tower.toml", TOWER.replace('target_true = "Paris"', 'target_true = "Madrid"'))
+    outcome = run("apply", "specs/tower.toml", "--yes")
+    assert outcome.code == 0 and "the model did not say 'Madrid' before, but 'Paris'" in outcome.err
+
+
 def test_asking_shows_base_and_head_side_by_side(applied: str, run: Run) -> None:
     """Or the versions that are named; with the likeliest next tokens."""
     text = run("ask", ASK_TOWER).out
@@ -607,6 +673,9 @@ def test_there_is_an_end_to_undo_and_to_redo(applied: str, run: Run) -> None:
         (("--config", "gone.toml", "plan"), 2, ("gone.toml cannot be read",)),
         (("nonsense",), 2, ("No such command",)),
         (("plan", "--nonsense"), 2, ("No such option",)),
+        (("plan", "-o", "no/such/folder/plan.json"), 2, ("the plan cannot be saved", "hint: ")),
+        (("plan", "--set", "seed=99999999999999999999"), 2, ("seed = 99999999999999999999 is not valid",)),
+        (("ask", "Rome is", "--device", "cpu:x"), 2, ("device cpu:x is not available",)),
         (("study", "sequential", "--edits", "9999"), 2, ("atlas knows", "ask for fewer")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
