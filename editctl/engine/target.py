@@ -119,22 +119,19 @@ def optimise(
     emit: Emit,
     batch: int = 0,
 ) -> list[Target]:
-    """Target vectors of all requests at the output of block `layer`, on the weights the model wears."""
-    results: list[Target] = []
-    for start in range(0, len(requests), CHUNK):
-        results += _optimise_chunk(model, layer, requests[start : start + CHUNK], contexts, settings, emit, batch)
-    return results
+    """Target vectors of all requests at the output of block `layer`, on the weights the model wears.
 
+    Args:
+        contexts: what each prompt is spoken after, the empty one first.
+        batch: number that events carry.
 
-def _optimise_chunk(
-    model: Model,
-    layer: int,
-    requests: Sequence[Request],
-    contexts: Sequence[str],
-    settings: TargetSettings,
-    emit: Emit,
-    number: int,
-) -> list[Target]:
+    Returns:
+        One target a request, in order, vectors of the hidden width d.
+    """
+    if len(requests) > CHUNK:
+        parts = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
+        found = (optimise(model, layer, part, contexts, settings, emit=emit, batch=batch) for part in parts)
+        return [target for targets in found for target in targets]
     texts: list[Row] = []
     owner: list[int] = []
     plain: list[bool] = []
@@ -145,7 +142,7 @@ def _optimise_chunk(
             owner.append(i)
             plain.append(j == 0)
             bare.append(j == len(contexts))
-    batch = _Batch(model, texts, owner)
+    state = _Batch(model, texts, owner)
     is_bare = torch.tensor(bare, device=model.device)
     n, module = len(requests), model.blocks[layer].module
     captured: list[Tensor] = []
@@ -154,7 +151,7 @@ def _optimise_chunk(
         captured.append(first_tensor(output)[:, 0].detach())
 
     with torch.no_grad(), model.hooked([(module, "output", capture)]):
-        first = batch.logits(model)
+        first = state.logits(model)
     calm = first[is_bare, 0].log_softmax(-1)
     # The plain row of each request comes in order, so this is n × d. Optimisation runs at least in fp32.
     origin = captured[0][torch.tensor(plain, device=model.device)]
@@ -173,23 +170,23 @@ def _optimise_chunk(
         def push(_module: nn.Module, _args: object, output: Any, delta: Tensor = delta) -> Any:
             hidden = first_tensor(output)
             change = torch.zeros_like(hidden)
-            change[:, 0] = delta[batch.owner].to(hidden.dtype)
+            change[:, 0] = delta[state.owner].to(hidden.dtype)
             return with_first(output, hidden + change)
 
         with model.hooked([(module, "output", push)]):
-            logits = batch.logits(model)
+            logits = state.logits(model)
         per_token = functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="none"
-        ).view(batch.labels.shape)
-        counted = (batch.labels != -100).sum(1).clamp_min(1)
+            logits.flatten(0, 1), state.labels.flatten(), ignore_index=-100, reduction="none"
+        ).view(state.labels.shape)
+        counted = (state.labels != -100).sum(1).clamp_min(1)
         per_row = per_token.sum(1) / counted
         speaking = ~is_bare
-        losses = torch.zeros_like(nll).index_add(0, batch.owner[speaking], per_row[speaking]) / len(contexts)
+        losses = torch.zeros_like(nll).index_add(0, state.owner[speaking], per_row[speaking]) / len(contexts)
         new = logits[is_bare, 0].log_softmax(-1)
         drift = (new.exp() * (new - calm)).sum(1)
         nll = torch.where(active, losses.detach(), nll)
         active &= nll >= settings.stop
-        emit(TargetStep(number, step, float(nll.mean()), int(active.sum())))
+        emit(TargetStep(batch, step, float(nll.mean()), int(active.sum())))
         if step == settings.steps or not active.any():
             break
         total = losses.sum() + settings.kl * drift.sum() + settings.decay * ((delta / norm) ** 2).sum()
@@ -204,10 +201,10 @@ def _optimise_chunk(
             moved = delta - step_size * m / (v.sqrt() + EPSILON)
             moved *= (settings.clamp * norm / moved.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
             delta = torch.where(active[:, None], moved, delta.detach())
-            staying = active[batch.owner]
+            staying = active[state.owner]
             if not staying.all():
-                calm = calm[active[batch.owner[is_bare]]]
-                batch.keep(staying)
+                calm = calm[active[state.owner[is_bare]]]
+                state.keep(staying)
                 is_bare = is_bare[staying]
     vectors = (origin + delta.detach()).float()
     return [Target(vectors[i], float(nll[i]), int(taken[i])) for i in range(n)]
