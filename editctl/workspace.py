@@ -1,0 +1,157 @@
+"""A workspace: the configuration with the command line's flags over it, and what is found through it.
+
+Knows: which store, specs, model and settings a command works with. Refuses: to compute; torch, transformers and
+sqlite-utils are imported inside the methods that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from editctl.errors import InvalidInput, StoreError
+
+if TYPE_CHECKING:
+    from editctl.config import Config
+    from editctl.engine.model import Model
+    from editctl.plan import Plan
+    from editctl.spec import Edit
+    from editctl.store import Store, Version
+
+
+class Workspace:
+    """The configuration with the command line's flags over it, and what is found through it."""
+
+    def __init__(self, **flags: Any) -> None:
+        self._flags = flags
+
+    @cached_property
+    def config(self) -> Config:
+        """The file's keys, the flags over them."""
+        from editctl import config
+
+        path = self._flags["config"]
+        loaded = config.load(Path(path) if path else None)
+        given = {k: v for k, v in self._flags.items() if k != "config" and v not in (None, ())}
+        settings = (
+            dict(loaded.settings)
+            | _settings(given.pop("set", ()))
+            | {key: given.pop(key) for key in ("preserve", "batch_size", "corpus") if key in given}
+        )
+        return loaded.model_copy(update={**given, "settings": settings})
+
+    def with_flags(self, **flags: Any) -> Workspace:
+        """The same workspace with a verb's own flags."""
+        return Workspace(**{**self._flags, **flags})
+
+    def store(self) -> Store:
+        """The store of versions."""
+        from editctl.store import Store
+
+        return Store(Path(self.config.store))
+
+    def edits(self, paths: Sequence[str]) -> tuple[Edit, ...]:
+        """The edits of the spec files named, or of the workspace's; warnings go to standard error."""
+        from editctl import spec
+
+        places = [Path(p) for p in paths or self.config.specs]
+        edits = spec.load(places)
+        for warning in spec.check(places).warnings:
+            click.echo(spec.visible(f"warning: {warning}", 10_000), err=True)
+        return edits
+
+    def source(self) -> tuple[Path, str]:
+        """The model's folder and its content hash."""
+        from editctl.engine import source
+
+        folder = source.locate(self.config.model)
+        return folder, source.identity(folder)
+
+    def load(self) -> Model:
+        """The model, ready to be asked and edited."""
+        from editctl.engine import model
+
+        config = self.config
+        return model.load(config.model, device=config.device, dtype=config.dtype)
+
+    def make_plan(self, edits: Sequence[Edit], version: Version | None, store: Store, *, prune: bool) -> Plan:
+        """The plan from a version to the edits.
+
+        Raises:
+            StoreError: the version is of another model.
+            InvalidInput: a method or a setting is unknown.
+        """
+        from editctl import plan
+        from editctl.engine import corpus, methods, source
+
+        folder, base = self.source()
+        config, shape = self.config, source.configuration(folder)
+
+        def params(method: str) -> dict[str, Any]:
+            settings = methods.settings(shape, method, config.settings)
+            dtype = version.dtype.removeprefix("torch.") if version and config.dtype == "auto" else config.dtype
+            content = corpus.content(config.model, settings.corpus)
+            return replace(settings, dtype=dtype, corpus_content=content).to_params()
+
+        if prune and not edits:
+            raise InvalidInput("there are no edits in these specs; --prune would drop everything", "restore base")
+        if version is not None and version.base != base:
+            raise StoreError(
+                f"the store {store.root} holds versions of another model ({version.model}, content {version.base})",
+                "name that model with --model, or another store with --store",
+            )
+        return plan.make(
+            edits,
+            [live.edit for live in store.edits(version)],
+            model=config.model,
+            base=base,
+            head=version.id if version else "",
+            params=params(config.method),
+            methods={name: params(name) for name in dict.fromkeys(e.method for e in edits) if name},
+            prune=prune,
+        )
+
+    def load_for(self, versions: Sequence[Version | None]) -> Model:
+        """The model the versions were made for, in the dtype they were made in unless another is asked for.
+
+        Raises:
+            StoreError: the model named has other content.
+            InvalidInput: the versions were made in different dtypes and none is asked for.
+        """
+        space = self
+        if space.config.dtype == "auto" and (dtypes := {v.dtype.removeprefix("torch.") for v in versions if v}):
+            if len(dtypes) > 1:
+                raise InvalidInput("these versions were made in different dtypes", f"pass --dtype, one of: {dtypes}")
+            space = space.with_flags(dtype=dtypes.pop())
+        named = next((v for v in versions if v is not None), None)
+        if named is not None and "model" not in space.config.model_fields_set:
+            space = space.with_flags(model=named.model)
+        _, base = space.source()
+        for version in versions:
+            if version is not None and version.base != base:
+                raise StoreError(
+                    f"version {version.id} was made for another model ({version.model}, content {version.base})",
+                    f"{space.config.model} has content {base}; name the right one with --model",
+                )
+        return space.load()
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Overrides given as NAME=VALUE, values as in TOML."""
+    import tomli
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = tomli.loads(f"value = {value}")["value"] if equals else None
+        except tomli.TOMLDecodeError:
+            found[name.strip()] = value
+        if not equals:
+            raise InvalidInput(f"--set {pair} has no value", "write --set NAME=VALUE, for example --set energy=0.1")
+    return found
