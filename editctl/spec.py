@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from hashlib import sha256
@@ -151,13 +151,19 @@ def check(paths: Sequence[Path]) -> Report:
     return Report(sound, *(tuple(sorted(some, key=lambda p: (p.file, p.line))) for some in (problems, warnings)))
 
 
-def load(paths: Sequence[Path]) -> tuple[Edit, ...]:
-    """The edits of spec files and folders; raises InvalidInput with every problem when there is one."""
+def load(paths: Sequence[Path], warn: Callable[[Problem], None] = lambda warning: None) -> tuple[Edit, ...]:
+    """The edits of spec files and folders; raises InvalidInput with every problem when there is one.
+
+    Args:
+        warn: told every warning when there is no problem.
+    """
     report = check(paths)
     if report.problems:
         count, files = len(report.problems), len({problem.file for problem in report.problems})
         message = f"{count} problem{'s'[: count > 1]} in {files} file{'s'[: files > 1]}"
         raise InvalidInput(message, "mend the specs; nothing was done", report.problems)
+    for warning in report.warnings:
+        warn(warning)
     return report.edits
 
 

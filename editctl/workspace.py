@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from editctl.errors import InvalidInput, StoreError
+from editctl.errors import InvalidInput, Problem, StoreError
 
 if TYPE_CHECKING:
     from editctl.config import Config
@@ -59,11 +59,10 @@ class Workspace:
         """The edits of the spec files named, or of the workspace's; warnings go to standard error."""
         from editctl import spec
 
-        places = [Path(p) for p in paths or self.config.specs]
-        edits = spec.load(places)
-        for warning in spec.check(places).warnings:
+        def warn(warning: Problem) -> None:
             click.echo(spec.visible(f"warning: {warning}", 10_000), err=True)
-        return edits
+
+        return spec.load([Path(p) for p in paths or self.config.specs], warn)
 
     def source(self) -> tuple[Path, str]:
         """The model's folder and its content hash."""
@@ -148,10 +147,10 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        try:
-            found[name.strip()] = tomli.loads(f"value = {value}")["value"] if equals else None
-        except tomli.TOMLDecodeError:
-            found[name.strip()] = value
         if not equals:
             raise InvalidInput(f"--set {pair} has no value", "write --set NAME=VALUE, for example --set energy=0.1")
+        try:
+            found[name.strip()] = tomli.loads(f"value = {value}")["value"]
+        except tomli.TOMLDecodeError:
+            found[name.strip()] = value
     return found
