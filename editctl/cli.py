@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from editctl import __version__
+from editctl.cli_model import model as model_group
 from editctl.errors import EditctlError, Exit, InvalidInput
+from editctl.flags import as_json, from_corpus, from_flags, from_method, from_model, options
 from editctl.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -55,35 +57,6 @@ def _command() -> str:
     return shlex.join(["editctl", *sys.argv[1:]]).encode("utf-8", "replace").decode()
 
 
-def _from_model(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that say which model."""
-    function = click.option("--dtype", help="auto, float32, bfloat16 or float16.")(function)
-    return click.option("--model", help="`atlas`, a model folder or a hub id.")(function)
-
-
-def _from_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags of the verbs that load a model."""
-    return _from_model(click.option("--device", help="auto, cpu, cuda or mps.")(function))
-
-
-def _from_method(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that say how to edit."""
-    for option in reversed(
-        (
-            click.option("--method", help="A method of `editctl methods`."),
-            click.option(
-                "--preserve", type=click.Choice(["null-space", "none"]), help="Switch the projection on or off."
-            ),
-            click.option("--batch-size", type=click.IntRange(1), help="Edits solved together."),
-            click.option("--corpus", help="Text file whose keys are preserved."),
-            click.option("--set", "set", multiple=True, metavar="NAME=VALUE", help="Override a setting of the method."),
-        )
-    ):
-        function = option(function)
-    return function
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 specs_argument = click.argument("specs", nargs=-1, type=click.Path())
 
 
@@ -141,21 +114,21 @@ def schema() -> None:
 @click.pass_obj
 def methods(space: Workspace, /, as_json: bool) -> None:
     """List the editing methods, and the settings of the one in use."""
+    from editctl import report
     from editctl.engine import source
-    from editctl.engine.methods import FIXED, METHODS, settings
+    from editctl.engine.methods import METHODS, settings
 
     if as_json:
-        _lines(*({"type": "method", **asdict(method)} for method in METHODS.values()))
+        _lines(*({"type": "method", **method.to_json()} for method in METHODS.values()))
         return
-    for method in METHODS.values():
-        click.echo(f"{method.name:15s} {method.family}: {method.summary}")
-        click.echo(f"{'':15s} {method.equation}   [{method.paper}]")
+    _show(report.methods_view(list(METHODS.values())))
     click.echo("\nSettings of the default method on the model in use; change them with --set or under [settings]:")
     folder, _ = space.source()
-    made = settings(source.configuration(folder), space.config.method, space.config.settings).to_params()
-    for name, value in {**made, **made["ridge"], **made["target"]}.items():
-        if name not in FIXED:
-            click.echo(f"  {name.rstrip('_'):15s} {json.dumps(value)}")
+    made = settings(source.configuration(folder), space.config.method, space.config.settings)
+    for name, value in made.named().items():
+        click.echo(f"  {name:15s} {json.dumps(value)}")
+    space_rule = made.null_space
+    click.echo(f"  {'preserve':15s} " + (f"{space_rule.rule} {space_rule.value:g}" if space_rule else "none"))
 
 
 @cli.command()
@@ -164,8 +137,8 @@ def methods(space: Workspace, /, as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Drop applied edits that are not in the specs.")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 0 without changes, 1 on errors, 2 with changes.")
 @as_json
-@_from_model
-@_from_method
+@from_model
+@from_method
 @click.pass_obj
 def plan(
     space: Workspace,
@@ -191,10 +164,13 @@ def plan(
         if detailed_exitcode and isinstance(error, EditctlError):
             error.exit_code = Exit.FAILED
         raise
+    likely = space.expected(made, store) if made.changes else None
     if as_json:
-        _lines(made.to_json())
+        _lines(made.to_json(), *([{"type": "expected", **asdict(likely)}] if likely else []))
     else:
         _show(report.plan_view(made))
+        if likely:
+            _show(report.expected_line(likely))
         if out:
             _say(f"Saved the plan to {report.safe(out)}; editctl apply {report.safe(out)} does exactly that.")
     if detailed_exitcode and made.changes:
@@ -207,8 +183,8 @@ def plan(
 @click.option("--prune", is_flag=True, help="Drop applied edits that are not in the specs.")
 @click.option("--lock-timeout", type=click.IntRange(0), default=0, help="Seconds to wait for another writer.")
 @as_json
-@_from_flags
-@_from_method
+@from_flags
+@from_method
 @click.pass_obj
 def apply(
     space: Workspace,
@@ -232,7 +208,7 @@ def apply(
     store = space.store()
     contract = plan_room.load(Path(specs[0])) if len(specs) == 1 and _is_plan(Path(specs[0])) else None
     if contract is not None:
-        decided = ("model", "dtype", "method", "preserve", "batch_size", "corpus", "set")
+        decided = ("model", "dtype", "method", "preserve", "batch_size", "layers", "corpus", "set")
         if prune or any(flags[name] not in (None, ()) for name in decided):
             raise InvalidInput("a saved plan already decides what is done and how", "leave the other flags away")
         space = space.with_flags(model=contract.model)
@@ -246,6 +222,8 @@ def apply(
             click.echo(header())
         else:
             _say(report.plan_summary(made) if yes or contract else report.plan_view(made))
+            if made.changes:
+                _say(report.expected_line(space.expected(made, store)))
             if head is not None and made.of(plan_room.KEEP) and head.params != made.params:
                 _say("Live edits were made with other settings (editctl show) and are kept as they are.")
         if not made.changes:
@@ -265,7 +243,11 @@ def apply(
             click.echo(json.dumps({"type": "metric", **asdict(metric)}))
         return
     edits = [live.edit for live in store.edits(version)]
-    _say(report.version_view(version, edits, store.answers(version), store.metrics(version), everything=False))
+    _say(
+        report.version_view(
+            version, edits, store.answers(version), store.metrics(version), store.footprint(version), everything=False
+        )
+    )
     _say(f"Made version {version.id}. Back again: editctl undo")
     click.echo(version.id)
 
@@ -339,7 +321,7 @@ def show(space: Workspace, /, ref: str, as_json: bool) -> None:
     elif version is None:
         click.echo("base: the unedited model, no edits")
     else:
-        _show(report.version_view(version, edits, answers, metrics, everything=True))
+        _show(report.version_view(version, edits, answers, metrics, store.footprint(version), everything=True))
 
 
 @cli.command()
@@ -416,7 +398,7 @@ def restore(space: Workspace, /, ref: str, as_json: bool) -> None:
 @click.argument("refs", nargs=-1)
 @click.option("--top", type=click.IntRange(1, 50), default=3, help="How many next tokens to show.")
 @as_json
-@_from_flags
+@from_flags
 @click.pass_obj
 def ask(space: Workspace, /, prompt: str, refs: tuple[str, ...], top: int, as_json: bool, **flags: Any) -> None:
     """Ask the model, base and head side by side or at the versions named."""
@@ -451,7 +433,7 @@ def ask(space: Workspace, /, prompt: str, refs: tuple[str, ...], top: int, as_js
 @click.argument("ref", default="@")
 @click.option("--against", default="base", help="Version the answers are compared with.")
 @as_json
-@_from_flags
+@from_flags
 @click.pass_obj
 def measure(space: Workspace, /, ref: str, against: str, as_json: bool, **flags: Any) -> None:
     """Rebuild a version, check its weights hash, and ask all its prompts again."""
@@ -482,7 +464,7 @@ def measure(space: Workspace, /, ref: str, against: str, as_json: bool, **flags:
 
 @cli.command()
 @as_json
-@_from_flags
+@from_flags
 @click.pass_obj
 def info(space: Workspace, /, as_json: bool, **flags: Any) -> None:
     """Print versions of what is installed, the paths in use, the model and the head."""
@@ -514,6 +496,9 @@ def info(space: Workspace, /, as_json: bool, **flags: Any) -> None:
         click.echo(f"{name:14s} {visible(value, 10_000)}")
 
 
+cli.add_command(model_group)
+
+
 @cli.group()
 def study() -> None:
     """Run a controlled experiment and print its table. Nothing is recorded in the store but second moments."""
@@ -528,13 +513,21 @@ def _from_study(function: Callable[..., Any]) -> Callable[..., Any]:
         )
     ):
         function = option(function)
-    return as_json(_from_flags(function))
+    return as_json(from_flags(from_corpus(function)))
 
 
-def _run_study(space: Workspace, names: Sequence[str], as_json: bool, trials: Callable[[Any, str], Any]) -> None:
-    """Run `trials(bench, method)` for every method and print one table.
+_drawn = options(
+    click.option("--batch", type=click.IntRange(1), default=20, help="Edits solved together."),
+    click.option("--unrelated", type=click.IntRange(0), default=400, help="Unrelated facts asked before and after."),
+    click.option("--seed", type=int, default=0, help="Which edits."),
+)
+"""The flags of studies on made-up edits."""
 
-    `trials` yields rows, each a mapping from column to value.
+
+def _run_study(space: Workspace, as_json: bool, trials: Callable[[Any, Callable[..., Any]], Any]) -> None:
+    """Run `trials(bench, settings)` and print one table; a row a trial, each a mapping from column to value.
+
+    `settings` makes settings of a method's name and overrides that the command line's own beat.
     """
     from editctl import report
     from editctl.engine import methods, source
@@ -542,23 +535,27 @@ def _run_study(space: Workspace, names: Sequence[str], as_json: bool, trials: Ca
 
     config = space.config
     folder, base = space.source()
+    shape = source.configuration(folder)
     model, rows = space.load(), []
-    with report.showing_run(report.console(stderr=True)) as emit:
-        for name in names:
-            settings = methods.settings(source.configuration(folder), name, config.settings)
-            rows += list(trials(Bench(model, base, space.store(), emit, settings), name))
+
+    def settings(name: str, **overrides: Any) -> Any:
+        return methods.settings(shape, name, {**overrides, **config.settings})
+
     if as_json:
-        _lines(*({"type": "row", **row} for row in rows))
-    else:
+        _lines()
+    with report.showing_run(report.console(stderr=True)) as emit:
+        for row in trials(Bench(model, base, space.store(), emit), settings):
+            rows.append(row)
+            if as_json:
+                click.echo(json.dumps({"type": "row", **row}, ensure_ascii=False))
+    if not as_json:
         for line in report.markdown_table(rows):
             click.echo(line)
 
 
 @study.command()
+@_drawn
 @click.option("--edits", type=click.IntRange(1), default=200, help="How many.")
-@click.option("--batch", type=click.IntRange(1), default=20, help="Edits solved together.")
-@click.option("--unrelated", type=click.IntRange(0), default=400, help="Unrelated facts asked before and after.")
-@click.option("--seed", type=int, default=0, help="Which edits.")
 @_from_study
 @click.pass_obj
 def sequential(
@@ -578,7 +575,72 @@ def sequential(
     space = space.with_flags(**flags)
     made = room.make(edits, unrelated, seed)
     chosen = names or ("alphaedit", "memit", "memit-history")
-    _run_study(space, chosen, as_json, lambda bench, name: [bench.trial(name, *made, batch=batch)])
+    _run_study(
+        space, as_json, lambda bench, settings: (bench.trial(settings(name), *made, batch=batch) for name in chosen)
+    )
+
+
+@study.command("methods")
+@_drawn
+@click.option("--edits", type=click.IntRange(1), default=300, help="How many.")
+@_from_study
+@click.pass_obj
+def study_methods(
+    space: Workspace,
+    /,
+    edits: int,
+    batch: int,
+    unrelated: int,
+    seed: int,
+    names: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Every method with and without null-space preservation, in sequential batches on the built-in model."""
+    from editctl.engine.methods import METHODS, PRESERVE
+    from editctl.studies import sequential as room
+
+    space = space.with_flags(**flags)
+    made, kept = room.make(edits, unrelated, seed)
+    _run_study(
+        space,
+        as_json,
+        lambda bench, settings: (
+            bench.trial(chosen, made, kept, batch=batch, text=room.ordinary())
+            for chosen in [settings(name, preserve=switch) for name in names or METHODS for switch in PRESERVE]
+        ),
+    )
+
+
+@study.command("subjects")
+@click.option("--subjects", type=click.IntRange(1), default=150, help="Subjects with two edits each.")
+@click.option("--batch", type=click.IntRange(1), default=50, help="Edits solved together.")
+@click.option("--seed", type=int, default=0, help="Which edits.")
+@_from_study
+@click.pass_obj
+def study_subjects(
+    space: Workspace, /, subjects: int, batch: int, seed: int, names: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
+    """Two edits a subject with one target vector or one each, in one batch or one after the other."""
+    from editctl.studies import subjects as room
+
+    space = space.with_flags(**flags)
+    first, second, kept = room.make(subjects, seed)
+    orders = {
+        "same batch": [edit for pair in zip(first, second, strict=True) for edit in pair],
+        "later batch": [*first, *second],
+    }
+    _run_study(
+        space,
+        as_json,
+        lambda bench, settings: (
+            {"target": "shared" if joint else "one each", "second edit": order}
+            | bench.trial(settings(name, joint=joint), edits, kept, batch=batch)
+            for name in names or ("alphaedit",)
+            for order, edits in orders.items()
+            for joint in (True, False)
+        ),
+    )
 
 
 @study.command("specs")
@@ -600,7 +662,54 @@ def study_specs(
     edits = space.edits(specs)
     chosen = names or ("alphaedit", "memit", "memit-history")
     sizes = batches or (len(edits), 5)
-    _run_study(space, chosen, as_json, lambda bench, name: [bench.trial(name, edits, {}, batch=size) for size in sizes])
+    _run_study(
+        space,
+        as_json,
+        lambda bench, settings: (
+            bench.trial(settings(name), edits, {}, batch=size) for name in chosen for size in sizes
+        ),
+    )
+
+
+@study.command("runtime")
+@click.option("--edits", type=click.IntRange(1), default=100, help="Requests in the batch.")
+@click.option(
+    "--plain", "plain_edits", type=click.IntRange(1), default=6, help="Of these, timed on the plain path too."
+)
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, help="Batch sizes of the engine alone.")
+@click.option("--shape", default="gpt2-124m", help="Random weights of this shape: gpt2-124m or llama-8b.")
+@click.option("--counterfact", default="", help="Requests from a file in CounterFact's format.")
+@from_flags
+@from_corpus
+@as_json
+@click.pass_obj
+def study_runtime(
+    space: Workspace,
+    /,
+    edits: int,
+    plain_edits: int,
+    batches: tuple[int, ...],
+    shape: str,
+    counterfact: str,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Seconds and FLOPs an edit by phase: the engine against full passes, one request at a time."""
+    from editctl import report
+    from editctl.studies import runtime
+
+    space = space.with_flags(**flags)
+    with report.showing_run(report.console(stderr=True)) as emit:
+        rows, sizes = runtime.measured(
+            space, shape, counterfact, edits=edits, plain_edits=plain_edits, batches=batches, emit=emit
+        )
+    if as_json:
+        _lines(*({"type": "row", **row} for row in (*rows, *sizes)))
+        return
+    for table in (rows, sizes):
+        for line in report.markdown_table(table) if table else ():
+            click.echo(line)
+        click.echo()
 
 
 def main() -> None:

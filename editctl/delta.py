@@ -2,9 +2,16 @@
 
 Knows: the file format, its hash and the one arithmetic by which factors become weights. Refuses: models, specs, SQL.
 
-For every edited module a batch of n edits keeps K (d_in × n, the keys), R (d_out × n, the residuals) and A (n × d_in,
-the factor); the update of the weight, always in the Linear orientation (d_out × d_in), is R·A. Column i of K and R and
-row i of A belong to edit i. All fp32.
+For every edited module a batch keeps K (d_in × n, the keys), R (d_out × n, the residuals) and A (n × d_in, the
+factor), one column or row a place a fact is looked up at; edits of one subject may share one. The update of the weight,
+always in the Linear orientation (d_out × d_in), is R·A. Three kinds of method do more to a matrix, and pay for it in
+bytes:
+
+- `left`·`right` (d_out × m, m × d_in), added to R·A: singular values that PRUNE takes back. Thin.
+- `mask`, one bit an entry of the matrix, 1/32 of its fp32 size: entries that RECT leaves alone.
+- `dense` (d_out × d_in), in place of all of the above: fine-tuning, and whatever is projected after its solve.
+
+All numbers are fp32.
 """
 
 from __future__ import annotations
@@ -13,12 +20,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
+from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -39,6 +46,98 @@ class Factors:
     """R, d_out × n."""
     factor: Tensor
     """A, n × d_in."""
+    left: Tensor | None = None
+    """d_out × m."""
+    right: Tensor | None = None
+    """m × d_in."""
+    mask: Tensor | None = None
+    """Bits of d_out × d_in entries, row by row, eight to a byte (uint8): 1 where the update is written."""
+    dense: Tensor | None = None
+    """The whole update, d_out × d_in, in place of the other parts."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out × d_in."""
+        return self.residuals.shape[0], self.keys.shape[0]
+
+    @property
+    def kind(self) -> str:
+        """`thin`, `sparse` or `dense`."""
+        return "dense" if self.dense is not None else "sparse" if self.mask is not None else "thin"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by name."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def update(self) -> Tensor:
+        """The whole update, d_out × d_in, fp32, on the CPU."""
+        return compose(torch.zeros(self.shape), [self])
+
+    def times(self, tall: Tensor) -> Tensor:
+        """The update times a matrix (d_in × m), d_out × m."""
+        if self.kind != "thin":
+            return self.update().to(tall) @ tall
+        product = self.residuals @ (self.factor @ tall)
+        if self.left is not None and self.right is not None:
+            product = product + self.left @ (self.right @ tall)
+        return product
+
+    def norm(self) -> float:
+        """Frobenius norm of the update."""
+        if self.kind != "thin" or self.left is not None:
+            return float(self.update().norm())
+        # ‖R A‖² = tr(RᵀR · A Aᵀ), n × n; columns that are nearly opposite cancel, hence fp64.
+        tall, wide = self.residuals.double(), self.factor.double()
+        square = ((tall.T @ tall) * (wide @ wide.T)).sum()
+        return float(square.clamp_min(0).sqrt())
+
+
+_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask (d_out × d_in, bool) as bits."""
+    bits = torch.nn.functional.pad(mask.cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << _SHIFTS).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bits as a mask (d_out × d_in, bool)."""
+    flat = (bits.cpu()[:, None] >> _SHIFTS) & 1
+    return flat.flatten()[: shape[0] * shape[1]].view(shape).bool()
+
+
+def beside(parts: Sequence[Factors]) -> Factors:
+    """Updates of one module, written one after another at different columns, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    keys, residuals = (torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("keys", "residuals"))
+    if any(part.kind != "thin" or part.left is not None for part in parts):
+        return _whole(keys, residuals, parts)
+    return Factors(keys, residuals, torch.cat([part.factor for part in parts]))
+
+
+def after(parts: Sequence[Factors]) -> Factors:
+    """Updates of one module, written one after another at the same columns, as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(part.kind != "thin" for part in parts):
+        return _whole(first.keys, first.residuals, parts)
+    left = [first.left, *(t for part in parts[1:] for t in (part.residuals, part.left))]
+    right = [first.right, *(t for part in parts[1:] for t in (part.factor, part.right))]
+    return replace(
+        first,
+        left=torch.cat([t for t in left if t is not None], dim=1),
+        right=torch.cat([t for t in right if t is not None]),
+    )
+
+
+def _whole(keys: Tensor, residuals: Tensor, parts: Sequence[Factors]) -> Factors:
+    """Updates as one matrix."""
+    total = compose(torch.zeros(parts[0].shape), parts)
+    return Factors(keys, residuals, torch.zeros(0, keys.shape[0]), dense=total)
 
 
 @dataclass(frozen=True)
@@ -46,23 +145,49 @@ class Delta:
     """One batch of edits: factors for every edited module."""
 
     edits: tuple[str, ...]
-    """Ids of the edits, in column order."""
+    """Ids of the edits, in the order they were given."""
     modules: Mapping[str, Factors]
     """By the full name of the module in the model."""
     params: Mapping[str, object]
     """Method parameters the batch was solved with, so that it can be solved again without gradients."""
+    columns: tuple[int, ...] = ()
+    """The column of each edit; by default edit i has column i."""
+    places: tuple[str, ...] = ()
+    """What each column is the key of: the text of its prompts up to the end of the subject."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """For each column, the prompts whose answers its target vector was made for."""
+    found: Mapping[str, object] = field(default_factory=dict)
+    """What the batch found out and later ones go on with."""
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(range(len(self.edits))))
 
     def to_bytes(self) -> bytes:
         """The file's content; the same delta gives the same bytes."""
         tensors = {
-            f"{name}.{part}": getattr(factors, part).detach().to("cpu", torch.float32).contiguous()
+            f"{name}.{part}": _stored(tensor)
             for name, factors in sorted(self.modules.items())
-            for part in ("factor", "keys", "residuals")
+            for part, tensor in sorted(factors.tensors().items())
         }
-        about = {"format": FORMAT, "edits": list(self.edits), "params": dict(self.params)}
+        about = {
+            "format": FORMAT,
+            "edits": list(self.edits),
+            "params": dict(self.params),
+            "columns": list(self.columns),
+            "places": list(self.places),
+            "together": [list(prompts) for prompts in self.together],
+            "found": dict(self.found),
+        }
         # One metadata key: safetensors writes several in random order, and then the name would not follow the content.
         content: bytes = save_tensors(tensors, {METADATA: json.dumps(about, sort_keys=True, ensure_ascii=False)})
         return content
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """As it is written: bits as they are, numbers as fp32."""
+    kind = torch.uint8 if tensor.dtype == torch.uint8 else torch.float32
+    return tensor.detach().to("cpu", kind).contiguous()
 
 
 def digest(data: bytes) -> str:
@@ -91,16 +216,17 @@ def load(name: str, folder: Path) -> Delta:
     """
     path = folder / f"{name}.safetensors"
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except FileNotFoundError:
         raise StoreError(f"the factor file {path} is missing", "restore it from a backup of the store") from None
-    if digest(data) != name:
+    if found != name:
         raise StoreError(
-            f"the factor file {path} is not what was written: its content has hash {digest(data)}",
+            f"the factor file {path} is not what was written: its content has hash {found}",
             "restore it from a backup of the store",
         )
     try:
-        tensors, about = read_tensors(data)
+        tensors, about = read_tensors(path)
     except KeyError:
         about = {}
     if about.get("format") != FORMAT:
@@ -111,8 +237,12 @@ def load(name: str, folder: Path) -> Delta:
         parts.setdefault(module, {})[part] = tensor
     return Delta(
         edits=tuple(about["edits"]),
-        modules={module: Factors(**fields) for module, fields in sorted(parts.items())},
+        modules={module: Factors(**tensors) for module, tensors in sorted(parts.items())},
         params=about["params"],
+        columns=tuple(about["columns"]),
+        places=tuple(about["places"]),
+        together=tuple(tuple(prompts) for prompts in about["together"]),
+        found=about["found"],
     )
 
 
@@ -124,17 +254,31 @@ def compose(base: Tensor, updates: Sequence[Factors]) -> Tensor:
     in slices that stay in cache; slicing rows does not change the arithmetic of any entry.
     """
     weight = base.detach().to(torch.float32, copy=True)
-    rows = max(1, (1 << 18) // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-    moved = [(u.residuals.to(weight.device), u.factor.to(weight.device)) for u in updates]
+    for update in updates:
+        _add(weight, update)
+    return weight
+
+
+def _add(weight: Tensor, update: Factors) -> None:
+    device = weight.device
+    if update.dense is not None:
+        weight.add_(update.dense.to(device))
+        return
+    terms = [(update.residuals.to(device), update.factor.to(device))]
+    if update.left is not None and update.right is not None:
+        terms.append((update.left.to(device), update.right.to(device)))
+    mask = None if update.mask is None else unpack(update.mask, update.shape).to(device)
+    rows = max(1, (1 << 18) // weight.shape[1]) if device.type == "cpu" else weight.shape[0]
     for start in range(0, weight.shape[0], rows):
         block = weight[start : start + rows]
         term = torch.empty_like(block)
-        for residuals, factor in moved:
-            piece = residuals[start : start + rows]
-            for i in range(factor.shape[0]):
-                torch.mul(piece[:, i, None], factor[i], out=term)
+        for left, right in terms:
+            piece = left[start : start + rows]
+            for i in range(right.shape[0]):
+                torch.mul(piece[:, i, None], right[i], out=term)
+                if mask is not None:
+                    term.mul_(mask[start : start + rows])
                 block.add_(term)
-    return weight
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
@@ -154,14 +298,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a file's content, and the JSON values about them.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file, mapped into memory and so read only where they are used, and the JSON values about them.
 
     Raises:
         SafetensorError: it is no safetensors file.
         KeyError: it is one that editctl did not write.
     """
-    tensors: dict[str, Tensor] = load_tensors(data)
-    header_size = int.from_bytes(data[:8], "little")
-    about: dict[str, Any] = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"][METADATA])
-    return tensors, about
+    with safe_open(path, "pt") as file:
+        about: dict[str, Any] = json.loads((file.metadata() or {})[METADATA])
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from editctl import events
+from editctl.engine.cost import Expected
+from editctl.engine.methods import Method
 from editctl.errors import EditctlError, InvalidInput
 from editctl.events import Emit, Event
 from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
@@ -164,21 +166,37 @@ def _more(table: Table, there: int, limit: int | None) -> None:
 
 
 def version_view(
-    version: Version, edits: Sequence[Edit], answers: Sequence[Answer], metrics: Sequence[Metric], *, everything: bool
+    version: Version,
+    edits: Sequence[Edit],
+    answers: Sequence[Answer],
+    metrics: Sequence[Metric],
+    footprint: tuple[int, Sequence[str]],
+    *,
+    everything: bool,
 ) -> RenderableType:
-    """A version: where it comes from, what it changes, what was measured."""
+    """A version: where it comes from, what it changes, what was measured.
+
+    Args:
+        footprint: bytes of its factor files and the kinds of update in them.
+    """
     head = Table(box=None, pad_edge=False, show_header=False)
     head.add_column(style="bold")
     head.add_column(overflow="fold")
-    ridge = ", ".join(f"{k.rstrip('_')} {v}" for k, v in dict(version.params.get("ridge", {})).items())
+    ridge, space = dict(version.params["ridge"]), version.params["null_space"]
+    numbers = [k.rstrip("_") + ("" if v is True else f" {v:g}") for k, v in ridge.items() if v]
+    numbers += [f"null space by {space['rule']} {space['value']:g}"] if space else []
+    how = [*filter(None, [", ".join(numbers)]), f"blocks {version.params['layers']}"]
+    size, kinds = footprint
+    factors = [count(len(version.deltas), "file"), f"{size / 2**20:.1f} MB", *filter(None, [" and ".join(kinds)])]
     rows = {
         "version": version.id,
         "parent": short(version.parent),
         "made": f"{version.created_at} by {version.who}",
         "model": f"{version.model} ({version.base}), {version.dtype}",
-        "method": f"{version.method}: {ridge}; blocks {version.params.get('layers')}",
+        "method": f"{version.method}: {'; '.join(how)}",
         "weights": version.weights_hash,
         "edits": str(len(edits)),
+        "factors": ", ".join(factors),
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in version.seconds.items()),
         "peak memory": f"{version.peak_mb:.0f} MB",
     }
@@ -243,6 +261,27 @@ def diff_view(
     if not edits[0] and not edits[1]:
         lines.append("no edits on either side\n")
     return Group(lines, metrics_view(metrics[1], metrics[0]))
+
+
+def expected_line(expected: Expected) -> Text:
+    """What a run will probably take."""
+    gigabytes = expected.bytes / 2**30
+    memory = f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{expected.bytes / 2**20:.0f} MB"
+    return Text(f"Expected: about {expected.seconds:.0f} s and at most {memory} of memory ({expected.basis}).", "dim")
+
+
+def methods_view(methods: Sequence[Method]) -> Table:
+    """The table of methods: what each is, needs, and how preservation acts on it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does", overflow="fold", ratio=1)
+    for method in methods:
+        lines = Text(f"{method.family}: {method.summary}")
+        lines.append(f"\n{method.equation}", "cyan")
+        lines.append(f"\nneeds {method.needs}; null space: {method.preservation}", "dim")
+        lines.append(f"\n{method.paper}", "dim")
+        table.add_row(Text(method.name, "bold"), lines)
+    return table
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:

@@ -606,7 +606,7 @@ def _check_together(found: Sequence[tuple[_Reader, int, Edit]]) -> None:
         kin = subjects.setdefault(edit.subject, edit) if usable else edit
         if kin is not edit and same is edit:
             message = f"shares the subject {_quoted(edit.subject)} with {_quoted(kin.id)} at {_place(kin)}"
-            reader.warn(where, message, "they share one key and may disturb each other; measure both after the apply")
+            reader.warn(where, message, "they are taught together, which is harder than one; look at both afterwards")
     for reader, index, edit in found:
         for position, prompt in enumerate(edit.locality_prompts):
             other = prompts.get(prompt, edit)

@@ -187,6 +187,17 @@ _REMEDIES = {
 """What is wrong with the database file and what to do, by SQLite's primary result code; any other is a bug."""
 
 
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors of a safetensors file by name, and the JSON values about them; both empty if it is none of editctl's."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(min(size, path.stat().st_size)))
+        return tensors, json.loads(tensors.pop("__metadata__")["editctl"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}
+
+
 def utc_now() -> datetime:
     """The time now, in UTC."""
     return datetime.now(UTC)
@@ -233,6 +244,23 @@ class Store:
     def stats_dir(self) -> Path:
         """Where the second moments of keys are cached."""
         return self.root / "stats"
+
+    def measured(self, base: str) -> list[dict[str, Any]]:
+        """The second moments of a model's keys that are in the cache: what each says of itself, blocks in order."""
+        found = (_header(path)[1] for path in self.stats_dir.glob("*.safetensors") if ".part" not in path.name)
+        return sorted((about for about in found if about.get("base") == base), key=lambda about: int(about["layer"]))
+
+    def footprint(self, version: Version) -> tuple[int, tuple[str, ...]]:
+        """Bytes of a version's factor files, and the kinds of update in them: thin, sparse or dense."""
+        total, kinds = 0, set()
+        for name in version.deltas:
+            path = self.deltas_dir / f"{name}.safetensors"
+            if not path.is_file():
+                continue
+            total += path.stat().st_size
+            parts = {key.rpartition(".")[2] for key in _header(path)[0]}
+            kinds.add("dense" if "dense" in parts else "sparse" if "mask" in parts else "thin")
+        return total, tuple(sorted(kinds))
 
     # Reading
 

@@ -18,6 +18,7 @@ from editctl.errors import InvalidInput, Problem, StoreError
 
 if TYPE_CHECKING:
     from editctl.config import Config
+    from editctl.engine.cost import Expected
     from editctl.engine.model import Model
     from editctl.plan import Plan
     from editctl.spec import Edit
@@ -41,7 +42,7 @@ class Workspace:
         settings = (
             dict(loaded.settings)
             | _settings(given.pop("set", ()))
-            | {key: given.pop(key) for key in ("preserve", "batch_size", "corpus") if key in given}
+            | {key: given.pop(key) for key in ("preserve", "batch_size", "corpus", "layers") if key in given}
         )
         return loaded.model_copy(update={**given, "settings": settings})
 
@@ -114,6 +115,25 @@ class Workspace:
             methods={name: params(name) for name in dict.fromkeys(e.method for e in edits) if name},
             prune=prune,
         )
+
+    def expected(self, plan: Plan, store: Store) -> Expected:
+        """What carrying a plan out will probably take."""
+        from editctl import events
+        from editctl.engine import cost, methods, source
+        from editctl.metrics.edits import questions
+        from editctl.plan import ADD, DROP, REPLACE
+
+        folder, _ = self.source()
+        shape = cost.shape_of(source.configuration(folder), folder)
+        last, head = None, store.resolve(plan.head or "base")
+        if head is not None:
+            started = (events.from_line(line) for line in store.events(head))
+            new = next((event.edits for event in started if isinstance(event, events.RunStarted)), 0)
+            last = cost.Pace(head.id, new, len(store.answers(head)), head.seconds)
+        staying = [action.edit for action in plan.actions if action.kind != DROP]
+        asked = sum(len(questions(edit)) for edit in staying)
+        settings = methods.Settings.from_params(plan.params)
+        return cost.expected(shape, settings, len(plan.of(ADD, REPLACE)), asked, self.config.device, last)
 
     def load_for(self, versions: Sequence[Version | None]) -> Model:
         """The model the versions were made for, in the dtype they were made in unless another is asked for.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
 
 from editctl.engine.methods import (
-    ENERGY,
+    FIXED,
     METHODS,
+    NULL_SPACE,
     PROFILES,
+    NullSpace,
     Profile,
     Ridge,
     Settings,
     TargetSettings,
+    Tune,
+    Write,
     find,
     profile_of,
     settings,
@@ -23,16 +27,102 @@ from editctl.engine.methods import (
 from editctl.errors import InvalidInput
 
 TINY = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096}
 GPT2_XL = {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600}
+MEDIUM = {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024}
+TUNED = {name for name, method in METHODS.items() if method.tune is not None}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+# λ at 15000 for MEMIT, ρ, history, met exactly, null space, blocks of a Llama of 32.
+NUMBERS: dict[str, tuple[float, bool, bool, bool, bool, tuple[int, ...]]] = {
+    "alphaedit": (0, True, True, False, True, (4, 5, 6, 7, 8)),
+    "memit": (15000, False, False, False, False, (4, 5, 6, 7, 8)),
+    "memit-history": (15000, False, True, False, False, (4, 5, 6, 7, 8)),
+    "rome": (15000, False, False, True, False, (5,)),
+    "r-rome": (15000, False, False, True, False, (5,)),
+    "emmet": (10000, False, False, False, False, (5,)),
+    "pmet": (15000, False, False, False, False, (4, 5, 6, 7, 8)),
+    "encore": (15000, True, True, False, False, (4, 5, 6, 7, 8)),
+    "betaedit": (3000, True, True, False, True, (4, 5, 6, 7, 8)),
+    "blue": (0, True, True, False, True, (4, 8)),
+    "nse": (15000, False, True, False, False, (4, 5, 6, 7, 8)),
+    "rect": (15000, False, False, False, False, (4, 5, 6, 7, 8)),
+    "prune": (15000, False, False, False, False, (4, 5, 6, 7, 8)),
+    "nas": (0, True, True, False, True, (4, 5, 6, 7, 8)),
+    "sphere": (0, True, True, False, True, (4, 5, 6, 7, 8)),
+    "ft": (0, False, False, False, False, (21,)),
+    "ft-l": (0, False, False, False, False, (21,)),
+    "ft-m": (0, False, False, False, False, (21,)),
+}
+BESIDE: dict[str, dict[str, Any]] = {
+    "rome": {"keys": "rome"},
+    "r-rome": {"keys": "mean"},
+    "pmet": {"spread": "root", "site": "mlp"},
+    "encore": {"confirm": 2},
+    "betaedit": {"refresh": 1000},
+    "blue": {"spread": "full"},
+    "nse": {"neurons": 0.8, "rounds": 2, "near": 0.1, "on_base": True},
+    "rect": {"post": ("rect",)},
+    "prune": {"post": ("prune",)},
+    "nas": {"anchor": True},
+    "sphere": {"post": ("sphere",)},
+}
+"""What a row sets beside the numbers of its ridge."""
 
 
-def test_each_row_is_the_method_of_its_paper() -> None:
-    """AlphaEdit projects, damps and remembers; MEMIT weighs and forgets; its sequel weighs and remembers."""
-    alpha, memit, sequel = (METHODS[name].ridge for name in ("alphaedit", "memit", "memit-history"))
-    assert alpha.energy is not None and alpha.history and alpha.lambda_ == 0 < alpha.l2
-    assert memit.energy is None and not memit.history and memit.l2 == 0 < memit.lambda_
-    assert sequel == Ridge(memit.lambda_, memit.l2, memit.energy, history=True) != memit
-    assert all(name == method.name and method.paper and method.summary for name, method in METHODS.items())
+@pytest.mark.parametrize("name", METHODS)
+def test_each_row_is_the_method_of_its_paper(name: str) -> None:
+    """The numbers of its ridge, its blocks, and what it does otherwise than the plain way; nothing else."""
+    made = settings(LLAMA, name, {})
+    lambda_, damped, history, hard, projected, layers = NUMBERS[name]
+    assert made.ridge == Ridge(made.ridge.lambda_, made.ridge.l2, history, hard)
+    assert made.ridge.lambda_ == pytest.approx(lambda_) and (made.ridge.l2 > 0) == damped
+    assert made.null_space == (NULL_SPACE if projected else None) and made.layers == layers
+    plain = Settings(name, (), made.ridge).named()
+    different = {key: value for key, value in made.named().items() if key in plain and value != plain[key]}
+    assert different == {"layers": layers, **BESIDE.get(name, {})}
+
+
+def test_the_table_holds_every_method_once_and_no_two_alike() -> None:
+    """Names are keys, and each row differs from every other in what it does."""
+    assert METHODS.keys() == NUMBERS.keys()
+    assert all(name == method.name for name, method in METHODS.items())
+    done = {replace(settings(LLAMA, name, {}), method="") for name in METHODS}
+    assert len(done) == len(METHODS)
+    assert settings(LLAMA, "ft", {"objective": "target"}) == replace(settings(LLAMA, "ft-m", {}), method="ft")
+
+
+def test_the_fine_tuning_rows_differ_in_objective_and_bound() -> None:
+    """FT and FT-L ask from the prompt's last position, FT-L within a box; FT-M as the target is spoken."""
+    ft, bounded, spoken = (settings(LLAMA, name, {}).tune for name in ("ft", "ft-l", "ft-m"))
+    assert ft == Tune(objective="last") and spoken == Tune(objective="target") and bounded is not None
+    assert bounded.box > 0 and replace(bounded, box=0.0) == ft
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_says_as_json_what_it_is(name: str) -> None:
+    """Family, equation, paper, what it needs and how it keeps to a null space, in words; and every field of the row."""
+    row = json.loads(json.dumps(METHODS[name].to_json()))
+    assert {f.name for f in fields(METHODS[name])} | {"needs", "preservation"} == row.keys()
+    for part in ("name", "family", "equation", "paper", "summary", "needs", "preservation"):
+        assert isinstance(row[part], str) and row[part]
+    assert row["family"] == ("fine-tuning" if name in TUNED else "locate-then-edit")
+    assert ("D" in row["equation"] or "W" in row["equation"] or "AlphaEdit" in row["equation"]) and "20" in row["paper"]
+    where = {"nse": "the finished update is projected"} | dict.fromkeys(
+        ("rect", "sphere"), "the finished update is projected"
+    )
+    assert row["preservation"] == ("every step is projected" if name in TUNED else where.get(name, "in the solve"))
+
+
+def test_only_fine_tuning_without_a_null_space_needs_no_second_moments() -> None:
+    """What the row says agrees with what a run measures."""
+    for name, method in METHODS.items():
+        assert (method.needs == "nothing") == (name in TUNED)
+        assert settings(TINY, name, {}).needs_moments == (method.needs != "nothing")
+        assert settings(TINY, name, {"preserve": "null-space"}).needs_moments
+        assert settings(TINY, name, {"preserve": "none"}).needs_moments == (name not in TUNED)
 
 
 def test_an_unknown_method_is_told_with_the_nearest() -> None:
@@ -44,6 +134,10 @@ def test_an_unknown_method_is_told_with_the_nearest() -> None:
     with pytest.raises(InvalidInput) as caught:
         find("zzz")
     assert all(name in caught.value.hint for name in METHODS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profiles and blocks
 
 
 @pytest.mark.parametrize("key", PROFILES, ids=str)
@@ -66,118 +160,301 @@ def test_unknown_models_get_layers_that_they_have(blocks: int) -> None:
     assert blocks == 1 or layers[-1] < blocks - 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_finds_its_blocks_in_every_model(name: str) -> None:
+    """Known or not, of any depth: `all` of the profile, the `single` one, both `ends`, or the `deep` one."""
+    rule = METHODS[name].layers
+    models = [{"model_type": t, "num_hidden_layers": b, "hidden_size": w} for t, b, w in PROFILES]
+    models += [{"num_hidden_layers": blocks} for blocks in range(1, 60)]
+    for config in models:
+        profile, blocks = profile_of(config), int(str(config["num_hidden_layers"]))
+        layers = settings(config, name, {}).layers
+        assert all(0 <= layer < max(blocks - 1, 1) for layer in layers)
+        if rule == "all":
+            assert layers == profile.layers
+        elif rule == "single":
+            assert layers == (profile.layers[-1] if profile.single is None else profile.single,)
+        elif rule == "ends":
+            assert set(layers) == {profile.layers[0], profile.layers[-1]} and list(layers) == sorted(set(layers))
+        else:
+            assert len(layers) == 1 and (blocks < 6 or 0.5 < layers[0] / blocks < 0.75)
+
+
+def test_blocks_of_known_models_are_the_published_ones() -> None:
+    """ROME's block of GPT-2 XL is 17 and of Llama 5, FT's of Llama 21; atlas has its own three."""
+    assert settings(GPT2_XL, "rome", {}).layers == (17,) and settings(LLAMA, "rome", {}).layers == (5,)
+    assert settings(MEDIUM, "r-rome", {}).layers == (8,) and settings(LLAMA, "ft-m", {}).layers == (21,)
+    atlas = {"model_type": "llama", "num_hidden_layers": 7, "hidden_size": 160}
+    assert {n: settings(atlas, n, {}).layers for n in ("memit", "emmet", "blue", "ft")} == {
+        "memit": (1, 2, 3),
+        "emmet": (3,),
+        "blue": (1, 3),
+        "ft": (5,),
+    }
+
+
 def test_gpt2_names_its_sizes_otherwise_and_is_known_all_the_same() -> None:
-    """n_layer and n_embd count as num_hidden_layers and hidden_size; the profile's λ replaces the preset's."""
+    """n_layer and n_embd count as num_hidden_layers and hidden_size; the profile's λ scales each row's own."""
     made = settings(GPT2_XL, "memit", {})
     assert made.layers == (13, 14, 15, 16, 17) and made.ridge.lambda_ == 20000
+    assert settings(GPT2_XL, "betaedit", {}).ridge.lambda_ == pytest.approx(4000)
     assert settings(GPT2_XL, "alphaedit", {}).ridge.lambda_ == 0, "a method without λ is given none"
     assert profile_of({**GPT2_XL, "n_embd": 1601}) != profile_of(GPT2_XL)
+
+
+def test_published_settings_are_those_of_the_papers() -> None:
+    """Absolute, with what the method itself changes, and open to overrides; refused where none are known."""
+    made = settings(MEDIUM, "encore", {"published": True}).target
+    assert made == TargetSettings(25, 0.5, 3.0, 0.5, confirm=2, published=True)
+    assert settings(MEDIUM, "encore", {"published": True, "steps": 7}).target == replace(made, steps=7)
+    assert settings(GPT2_XL, "memit", {"published": True}).target.steps == 20
+    plain = settings(MEDIUM, "encore", {}).target
+    assert plain == settings(MEDIUM, "encore", {"published": False}).target != made and not plain.published
+    with pytest.raises(InvalidInput, match="published") as caught:
+        settings(TINY, "memit", {"published": True})
+    assert "published" in caught.value.hint
+    for wrong in ("yes", 1, None):
+        with pytest.raises(InvalidInput, match="published") as caught:
+            settings(MEDIUM, "memit", {"published": wrong})
+        assert "true" in caught.value.hint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overrides
 
 
 GOOD: dict[str, tuple[Any, Any]] = {
     "layers": ([3, 1, 1], (1, 3)),
     "lambda": (2, 2.0),
     "l2": (0.5, 0.5),
-    "energy": (0.123, 0.123),
     "history": (False, False),
+    "hard": (True, True),
+    "spread": ("root", "root"),
+    "keys": ("mean", "mean"),
+    "site": ("mlp", "mlp"),
+    "post": (["sphere", "rect"], ("sphere", "rect")),
+    "rect": (1, 1.0),
+    "sphere_energy": (0.3, 0.3),
+    "sphere": (0.0, 0.0),
+    "neurons": (0.7, 0.7),
+    "rounds": (2, 2),
+    "near": (0.3, 0.3),
+    "refresh": (10, 10),
     "steps": (3, 3),
     "rate": (1, 1.0),
     "clamp": (0.5, 0.5),
     "decay": (0.0, 0.0),
     "kl": (0.1, 0.1),
     "stop": (0.2, 0.2),
+    "confirm": (3, 3),
+    "anchor": (True, True),
+    "joint": (False, False),
+    "on_base": (True, True),
     "batch_size": (7, 7),
     "corpus": ("a.txt", "a.txt"),
     "corpus_tokens": (9, 9),
     "seed": (5, 5),
 }
+GOOD_TUNING: dict[str, tuple[Any, Any]] = {
+    "epochs": (3, 3),
+    "tune_rate": (1, 1.0),
+    "tune_stop": (0.5, 0.5),
+    "objective": ("target", "target"),
+    "box": (0.01, 0.01),
+    "layers": ([3], (3,)),
+}
 
 
-def value_of(made: Settings, key: str) -> Any:
-    if key == "lambda":
-        return made.ridge.lambda_
-    return next(getattr(h, key) for h in (made.ridge, made.target, made) if hasattr(h, key))
-
-
-@pytest.mark.parametrize("key", GOOD)
-def test_an_override_changes_its_setting_and_no_other(key: str) -> None:
-    """Each in the kind it has."""
-    value, wanted = GOOD[key]
-    plain, made = settings(TINY, "alphaedit", {}), settings(TINY, "alphaedit", {key: value})
-    found = value_of(made, key)
-    assert found == wanted and type(found) is type(wanted)
-    assert value_of(plain, key) != wanted
-    for other in GOOD:
-        if other != key:
-            assert value_of(made, other) == value_of(plain, other)
-
-
-def test_preserve_switches_the_projection_on_and_off() -> None:
-    """On any method, with the share that is given beside it; nothing else of the problem changes."""
-    for method in METHODS:
-        plain = settings(TINY, method, {}).ridge
-        off = settings(TINY, method, {"preserve": "none"}).ridge
-        on = settings(TINY, method, {"preserve": "null-space"}).ridge
-        assert off.energy is None and on.energy == ENERGY
-        assert replace(off, energy=plain.energy) == plain == replace(on, energy=plain.energy)
-    assert settings(TINY, "memit", {"preserve": "null-space", "energy": 0.2}).ridge.energy == 0.2
-    assert settings(TINY, "memit", {"energy": 0.2, "preserve": "null-space"}).ridge.energy == 0.2
-    with pytest.raises(InvalidInput, match="preserve"):
-        settings(TINY, "memit", {"preserve": "everything"})
+def test_every_setting_has_a_name() -> None:
+    """All fields of the parts but those that are chosen otherwise; those of fine-tuning only for methods that tune."""
+    parts = (Ridge, Write, TargetSettings, Settings)
+    every = {f.name.rstrip("_") for part in parts for f in fields(part)} - {*FIXED, "published"}
+    every -= {"ridge", "null_space", "write", "target", "tune"}
+    assert settings(TINY, "alphaedit", {}).named().keys() == every == GOOD.keys()
+    assert settings(TINY, "ft", {}).named().keys() == every | GOOD_TUNING.keys()
+    assert {f.name for f in fields(Tune)} | {"layers"} == GOOD_TUNING.keys()
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("layers", []),
-        ("layers", [8]),
-        ("layers", [-1]),
-        ("layers", [1.0]),
-        ("layers", [True]),
-        ("layers", 3),
-        ("layers", "1,2"),
-        ("lambda", "many"),
-        ("lambda", -1),
-        ("lambda", True),
-        ("l2", float("nan")),
-        ("lambda", float("inf")),
-        ("energy", True),
-        ("energy", -0.1),
-        ("energy", "some"),
-        ("history", 1),
-        ("history", "yes"),
-        ("steps", 1.5),
-        ("steps", -1),
-        ("steps", True),
-        ("batch_size", "all"),
-        ("batch_size", 0),
-        ("corpus", 5),
-        ("seed", None),
-    ],
+    ("method", "key"),
+    [("alphaedit", key) for key in GOOD] + [("ft", key) for key in GOOD_TUNING],
+    ids=lambda part: str(part),
 )
+def test_an_override_changes_its_setting_and_no_other(method: str, key: str) -> None:
+    """Each in the kind it has."""
+    value, wanted = (GOOD_TUNING if method == "ft" else GOOD)[key]
+    plain, made = settings(TINY, method, {}).named(), settings(TINY, method, {key: value}).named()
+    assert made[key] == wanted != plain[key] and type(made[key]) is type(wanted)
+    assert {name: made[name] for name in made if name != key} == {name: plain[name] for name in plain if name != key}
+
+
+def test_several_overrides_are_all_made() -> None:
+    """In whatever order, in different parts and twice in one."""
+    changes: dict[str, Any] = {"steps": 3, "rate": 0.1, "lambda": 5.0, "post": ["rect"], "seed": 4, "energy": 0.2}
+    made = settings(TINY, "memit", changes)
+    assert made == settings(TINY, "memit", dict(reversed(changes.items())))
+    assert (made.target.steps, made.target.rate, made.ridge.lambda_, made.seed) == (3, 0.1, 5.0, 4)
+    assert made.write.post == ("rect",) and made.null_space == NullSpace("energy", 0.2)
+    assert changes["energy"] == 0.2, "what was given is left alone"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_preserve_switches_the_projection_on_and_off(name: str) -> None:
+    """On any method; nothing else of the problem changes."""
+    plain = settings(TINY, name, {})
+    off = settings(TINY, name, {"preserve": "none"})
+    on = settings(TINY, name, {"preserve": "null-space"})
+    assert off.null_space is None and on.null_space == NULL_SPACE
+    assert replace(off, null_space=plain.null_space) == plain == replace(on, null_space=plain.null_space)
+
+
+@pytest.mark.parametrize("rule", ["energy", "quantile", "threshold"])
+def test_a_rank_rule_sets_the_null_space(rule: str) -> None:
+    """With or without the switch beside it, as a float; switched off it counts for nothing."""
+    for method in ("memit", "alphaedit", "ft"):
+        for changes in ({rule: 1}, {rule: 1, "preserve": "null-space"}, {"preserve": "null-space", rule: 1}):
+            made = settings(TINY, method, changes).null_space
+            assert made == NullSpace(rule, 1.0) and isinstance(made.value, float)
+        assert settings(TINY, method, {rule: 1, "preserve": "none"}).null_space is None
+    assert settings(TINY, "alphaedit", {rule: 0.3}).null_space != NULL_SPACE
+
+
+def test_two_rank_rules_are_refused() -> None:
+    """They would contradict each other; the remedy is to name one."""
+    with pytest.raises(InvalidInput, match="energy and threshold") as caught:
+        settings(TINY, "alphaedit", {"energy": 0.1, "threshold": 0.02})
+    assert "one" in caught.value.hint
+
+
+BAD: list[tuple[str, Any]] = [
+    ("layers", []),
+    ("layers", [8]),
+    ("layers", [-1]),
+    ("layers", [1.0]),
+    ("layers", [True]),
+    ("layers", 3),
+    ("layers", "1,2"),
+    ("lambda", "many"),
+    ("lambda", -1),
+    ("lambda", True),
+    ("lambda", float("inf")),
+    ("lambda", 10**400),
+    ("l2", float("nan")),
+    ("energy", True),
+    ("energy", -0.1),
+    ("energy", "some"),
+    ("quantile", float("nan")),
+    ("threshold", [0.02]),
+    ("preserve", "everything"),
+    ("preserve", True),
+    ("preserve", ["none"]),
+    ("history", 1),
+    ("history", "yes"),
+    ("hard", 0),
+    ("spread", "odd"),
+    ("spread", 1),
+    ("keys", "plain"),
+    ("site", ["mlp"]),
+    ("post", "rect"),
+    ("post", ["rekt"]),
+    ("post", [["rect"]]),
+    ("post", ["rect", "rect"]),
+    ("post", {"rect": 1}),
+    ("rect", 1.5),
+    ("sphere", 2),
+    ("sphere_energy", 1.01),
+    ("neurons", -0.1),
+    ("neurons", 2),
+    ("rounds", 0),
+    ("refresh", 1.5),
+    ("anchor", 1),
+    ("steps", 1.5),
+    ("steps", -1),
+    ("steps", True),
+    ("steps", 10**400),
+    ("steps", 2**63),
+    ("batch_size", "all"),
+    ("batch_size", 0),
+    ("corpus_tokens", 0),
+    ("corpus", 5),
+    ("seed", None),
+    ("epochs", 0),
+    ("epochs", 2.5),
+    ("tune_rate", -0.1),
+    ("objective", "first"),
+    ("objective", True),
+    ("box", "tight"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=lambda part: str(part)[:20])
 def test_a_value_that_cannot_be_is_refused(key: str, value: Any) -> None:
-    """Of the wrong kind, out of range, or no number at all; the message names the setting."""
-    with pytest.raises(InvalidInput, match=key):
-        settings(TINY, "alphaedit", {key: value})
+    """Of the wrong kind, out of range, or no number at all; the message names the setting, the rest a remedy."""
+    with pytest.raises(InvalidInput, match=key) as caught:
+        settings(TINY, "ft" if key in GOOD_TUNING and key != "layers" else "alphaedit", {key: value})
+    assert caught.value.hint or "0 to 7" in caught.value.message
+
+
+def test_a_choice_is_told_with_the_others() -> None:
+    """Every setting that is one of a few names says which."""
+    for method, key, choices in (
+        ("memit", "spread", ("even", "root", "full")),
+        ("memit", "keys", ("mixed", "mean", "rome")),
+        ("memit", "site", ("block", "mlp")),
+        ("ft", "objective", ("target", "last")),
+        ("memit", "preserve", ("null-space", "none")),
+    ):
+        for choice in choices:
+            settings(TINY, method, {key: choice})
+        with pytest.raises(InvalidInput) as caught:
+            settings(TINY, method, {key: "other"})
+        assert all(choice in caught.value.hint for choice in choices)
+    with pytest.raises(InvalidInput, match="rect, prune, sphere") as caught:
+        settings(TINY, "memit", {"post": ["other"]})
+    assert "post =" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", sorted(TUNED))
+def test_fine_tuning_has_one_block(name: str) -> None:
+    """Two are refused with an example; methods that solve take any number."""
+    assert settings(TINY, name, {"layers": [2]}).layers == (2,)
+    with pytest.raises(InvalidInput, match="one block") as caught:
+        settings(TINY, name, {"layers": [1, 2]})
+    assert "layers" in caught.value.hint
+    assert settings(TINY, "rome", {"layers": [1, 2]}).layers == (1, 2)
 
 
 def test_an_unknown_setting_is_told_with_the_nearest() -> None:
-    """Method and the inner names are none."""
-    with pytest.raises(InvalidInput, match="batchsize") as caught:
-        settings(TINY, "alphaedit", {"batchsize": 3})
-    assert "batch_size" in caught.value.hint
-    for key in ("method", "ridge", "target", "lambda_"):
-        with pytest.raises(InvalidInput, match=key):
+    """Or with all of them; the method and the inner names are none, nor are those of another family."""
+    for key, near in (("batchsize", "batch_size"), ("quantiles", "quantile"), ("preserves", "preserve")):
+        with pytest.raises(InvalidInput, match=key) as caught:
             settings(TINY, "alphaedit", {key: 3})
+        assert near in caught.value.hint
+    for key in ("method", "ridge", "target", "write", "tune", "null_space", "lambda_", "corpus_content", "dtype"):
+        with pytest.raises(InvalidInput, match=key):
+            settings(TINY, "ft", {key: 3})
+    with pytest.raises(InvalidInput, match="xyzzy") as caught:
+        settings(TINY, "alphaedit", {"xyzzy": 3})
+    known = [*GOOD, "energy", "quantile", "threshold", "preserve", "published"]
+    assert all(name in caught.value.hint.split(": ")[1].split(", ") for name in known)
+    with pytest.raises(InvalidInput, match="epochs"):
+        settings(TINY, "alphaedit", {"epochs": 3})
 
 
-def test_settings_survive_json() -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_survive_json(name: str) -> None:
     """As they must in a plan and in a factor file; a changed number comes back changed."""
-    made = settings(TINY, "alphaedit", {"layers": [1, 2], "steps": 3, "energy": 0.1})
-    back = Settings.from_params(json.loads(json.dumps(made.to_params())))
-    assert back == made and hash(back) == hash(made)
-    assert Settings.from_params({**made.to_params(), "seed": 1}) != made
-    assert isinstance(back.ridge, Ridge) and isinstance(back.target, TargetSettings)
+    for changes in ({}, {"preserve": "null-space"}, {"threshold": 0.02, "steps": 3, "post": ["rect", "prune"]}):
+        made = settings(TINY, name, changes)
+        back = Settings.from_params(json.loads(json.dumps(made.to_params())))
+        assert back == made and hash(back) == hash(made)
+        assert back.to_params() == made.to_params() == json.loads(json.dumps(made.to_params()))
+        assert Settings.from_params({**made.to_params(), "seed": 1}) != made
+        assert isinstance(back.ridge, Ridge) and isinstance(back.write, Write)
+        assert isinstance(back.target, TargetSettings) and isinstance(back.tune, Tune) == (name in TUNED)
+        assert isinstance(back.null_space, NullSpace) == (made.null_space is not None)
+        other = {**asdict(made.ridge), "l2": 0.7}
+        assert Settings.from_params({**made.to_params(), "ridge": other}) != made
 
 
 def test_a_profile_is_a_value() -> None:

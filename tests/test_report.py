@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from editctl import events, report
+from editctl.engine.cost import Expected
+from editctl.engine.methods import METHODS
 from editctl.errors import InvalidInput, Problem, StoreError
 from editctl.metrics.values import LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
 from editctl.plan import Plan, make
 from editctl.spec import Edit
 from editctl.store import Operation, Version
 
+FOOTPRINT = (3 * 2**19, ("thin",))
 NASTY = "[red]x[/red] [/] [link=http://e]y[/link]\x1b[31m\x1b]0;title\x07\x9b31m\r\x08\u202eolleh 日本語 :smile:"
 LONG = "word " * 60
 
@@ -42,7 +45,11 @@ def a_version(**changes: Any) -> Version:
         "model": "atlas",
         "dtype": "torch.float32",
         "method": "alphaedit",
-        "params": {"layers": [1, 2], "ridge": {"lambda_": 0.0, "l2": 0.005}},
+        "params": {
+            "layers": [1, 2],
+            "ridge": {"lambda_": 0.0, "l2": 0.005, "history": True, "hard": False},
+            "null_space": {"rule": "energy", "value": 0.1},
+        },
         "seed": 0,
         "deltas": ("d" * 32,),
         "weights_hash": "w" * 32,
@@ -115,6 +122,7 @@ VIEWS: dict[str, Callable[[], Any]] = {
         [nasty_edit()],
         answers_about(nasty_edit(), ok=False, words=NASTY + LONG),
         [Metric(NASTY, "generated", 0.5, 2)],
+        (2048, ("thin",)),
         everything=True,
     ),
     "a difference": lambda: report.diff_view(
@@ -192,13 +200,69 @@ def test_a_version_shows_each_edit_before_and_after_and_how_its_other_prompts_fa
         Answer(edit.id, PARAPHRASE, "Find Subject 1 in", ("Rome",), "Bern", "Oslo", False),
     ]
     metrics = [Metric("reliability", "generated", 1.0, 1), Metric("generalization", "generated", 0.5, 2)]
-    text = rendered(report.version_view(a_version(), [edit], said, metrics, everything=True), 110)
+    text = rendered(report.version_view(a_version(), [edit], said, metrics, FOOTPRINT, everything=True), 110)
     row = next(line for line in text.splitlines() if line.startswith("✓"))
     assert re.search(r"Subject 1 lies in +Bern +Rome +1/2 +- +-", row)
     assert "1 other answer not as wanted" in text or "1 other answer is not as wanted" in text
     assert re.search(r"paraphrase +Find Subject 1 in +Rome +Bern +Oslo", text)
     assert re.search(r"generalization +50\.0 % +- +2", text)
-    assert "lambda 0.0, l2 0.005" in text
+    assert "l2 0.005" in text and "lambda" not in text, "what is zero is not said"
+
+
+@pytest.mark.parametrize(
+    ("footprint", "deltas", "said"),
+    [
+        (FOOTPRINT, 1, "1 file, 1.5 MB, thin"),
+        ((0, ()), 0, "0 files, 0.0 MB"),
+        ((7 * 2**20, ("dense", "thin")), 2, "2 files, 7.0 MB, dense and thin"),
+    ],
+)
+def test_a_version_says_what_it_costs_on_disk(footprint: Any, deltas: int, said: str) -> None:
+    """In files, bytes and the kinds of update in them."""
+    version = a_version(deltas=("d" * 32,) * deltas)
+    lines = rendered(report.version_view(version, [], [], [], footprint, everything=True), 110).splitlines()
+    assert [line.split(None, 1)[1].strip() for line in lines if line.startswith("factors")] == [said]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({}, "alphaedit: l2 0.005, history, null space by energy 0.1; blocks [1, 2]"),
+        ({"null_space": None}, "alphaedit: l2 0.005, history; blocks [1, 2]"),
+        ({"null_space": None, "ridge": {"lambda_": 0.0, "hard": False}}, "alphaedit: blocks [1, 2]"),
+        ({"null_space": None, "ridge": {"lambda_": 1.5, "hard": True}}, "alphaedit: lambda 1.5, hard; blocks [1, 2]"),
+    ],
+)
+def test_a_version_names_its_method_by_its_numbers(params: dict[str, Any], said: str) -> None:
+    """Those that are not zero, then the null space, then the blocks."""
+    version = a_version(params={**a_version().params, **params})
+    lines = rendered(report.version_view(version, [], [], [], FOOTPRINT, everything=True), 110).splitlines()
+    assert [line.split(None, 1)[1].strip() for line in lines if line.startswith("method")] == [said]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods and expectations
+
+
+def test_the_table_of_methods_says_what_each_is_needs_and_how_it_preserves() -> None:
+    """One row a method: its family, its equation and paper, and what preservation does to it."""
+    lines = " ".join(rendered(report.methods_view(list(METHODS.values())), 120).split())
+    for method in METHODS.values():
+        for words in (method.family, method.summary, method.equation, method.paper):
+            assert " ".join(words.split()) in lines
+        assert f"needs {method.needs}; null space: {method.preservation} {method.paper}" in lines
+    alone = rendered(report.methods_view([METHODS["ft"]]), 120)
+    assert "needs nothing; null space: every step is projected" in alone and "MEMIT" not in alone
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "said"),
+    [(700 * 2**20, 3.4, "about 3 s and at most 700 MB"), (3 * 2**30, 61.0, "about 61 s and at most 3.0 GB")],
+)
+def test_an_expectation_is_one_line(size: int, seconds: float, said: str) -> None:
+    """With what it is judged by."""
+    text = report.expected_line(Expected(size, seconds, "at the pace of version abc")).plain
+    assert text == f"Expected: {said} of memory (at the pace of version abc)."
 
 
 def test_a_difference_shows_facts_answers_and_how_metrics_changed() -> None:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import FACTS, QUICK, an_edit, apply, disk_weights_hash
 from torch import Tensor
 
 from editctl import delta as delta_files
-from editctl.engine import methods, statistics
-from editctl.engine.methods import Settings
+from editctl import report
+from editctl.delta import Delta, Factors
+from editctl.engine import methods, prompts, speak, statistics, target
+from editctl.engine.methods import METHODS, POST, PRESERVE, Settings
 from editctl.engine.model import DTYPES, Model, load
-from editctl.engine.run import measure, run, wearing
-from editctl.engine.solve import Kernel
+from editctl.engine.run import Said, deltas_of, measure, request_of, run, wearing
+from editctl.engine.solve import Kernel, Projector
+from editctl.engine.statistics import Moment
+from editctl.engine.target import optimise
 from editctl.errors import EditctlError, InvalidInput, StalePlan, StoreError
-from editctl.events import Event, LayerSolved, NullSpace, RunStarted, StageStarted, VersionMade, from_line, silent
+from editctl.events import (
+    Event,
+    LayerSolved,
+    Note,
+    NullSpace,
+    RunStarted,
+    StageStarted,
+    TargetStep,
+    VersionMade,
+    from_line,
+    silent,
+)
+from editctl.metrics.edits import questions
+from editctl.metrics.values import LOCALITY
 from editctl.plan import make
 from editctl.spec import Probe
 from editctl.store import Store, Version
@@ -53,6 +74,32 @@ def fresh(folder: Path) -> Callable[..., Model]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", who="me@here")
+
+
+def say_little(patch: pytest.MonkeyPatch) -> None:
+    """Models say and begin with few words, where a test listens to none of it: half of a run's time."""
+    patch.setattr(speak, "NEW_TOKENS", 2)
+    patch.setattr(prompts, "CONTEXT_TOKENS", 4)
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    say_little(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def moments(loaded: Any, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the second moments that runs on the tiny Llama need."""
+    store = Store(tmp_path_factory.mktemp("moments"))
+    moments_of(loaded("llama"), store, methods.settings({}, "alphaedit", {**QUICK, "corpus": str(corpus)}))
+    return store.stats_dir
+
+
+@pytest.fixture
+def ready(moments: Path, store: Store, few_words: None) -> Store:
+    """A store that has measured the tiny Llama already."""
+    shutil.copytree(moments, store.stats_dir)
+    return store
 
 
 def hash_of(model: Model, store: Store, version: Version | None) -> str:
@@ -88,7 +135,9 @@ def test_a_version_can_be_worn_by_a_model_loaded_anew_and_undone(
     assert hash_of(model, store, store.head()) == first.weights_hash
 
 
-def test_the_same_plan_in_two_stores_makes_the_same_weights(fresh: Any, tmp_path: Path, corpus: Path) -> None:
+def test_the_same_plan_in_two_stores_makes_the_same_weights(
+    fresh: Any, tmp_path: Path, corpus: Path, few_words: None
+) -> None:
     """And the same factor files; another seed's contexts make others."""
     made = [apply(fresh(), Store(tmp_path / name), FACTS, corpus) for name in ("one", "two")]
     assert made[0].weights_hash == made[1].weights_hash
@@ -133,21 +182,31 @@ def llama(loaded: Any) -> Any:
     return loaded("llama")
 
 
-def solved_by_hand(
-    model: Model, store: Store, settings: Settings, batches: list[list[Tensor]], module: str
-) -> list[Tensor]:
-    """The factors A of one layer for batches of stored keys and residuals, one after another."""
-    layer = next(i for i, block in enumerate(model.blocks) if block.down_name == module)
-    moments = statistics.moments(
+def moments_of(model: Model, store: Store, settings: Settings, layers: Sequence[int] = ()) -> Mapping[int, Moment]:
+    """The second moments a run with these settings has used."""
+    return statistics.moments(
         model,
-        settings.layers,
+        layers or settings.layers,
         corpus=settings.corpus,
         tokens=settings.corpus_tokens,
         base="base",
         folder=store.stats_dir,
         emit=silent,
     )
-    kernel = Kernel(moments[layer], settings.ridge, model.device)
+
+
+def a_kernel(model: Model, store: Store, settings: Settings, module: str) -> Kernel:
+    """The kernel of one module before any edit."""
+    layer = next(i for i, block in enumerate(model.blocks) if block.down_name == module)
+    moment = moments_of(model, store, settings)[layer]
+    return Kernel(moment, settings.ridge, settings.null_space, model.device, settings.write)
+
+
+def solved_by_hand(
+    model: Model, store: Store, settings: Settings, batches: list[list[Tensor]], module: str
+) -> list[Tensor]:
+    """The factors A of one layer for batches of stored keys and residuals, one after another."""
+    kernel = a_kernel(model, store, settings, module)
     return [kernel.solve(keys, residuals).factor for keys, residuals in batches]
 
 
@@ -173,7 +232,9 @@ def test_dropping_one_edit_solves_the_rest_again_without_it(
     whole = apply(llama, store, FACTS, corpus)
     old = [delta_files.load(name, store.deltas_dir) for name in whole.deltas]
     rest = [edit for i, edit in enumerate(FACTS) if i != gone]
-    version = apply(llama, store, rest, corpus, prune=True)
+    told: list[Event] = []
+    version = apply(llama, store, rest, corpus, prune=True, emit=told.append)
+    assert not any(isinstance(event, TargetStep | Note) for event in told), "no gradient is needed"
     assert [live.edit.id for live in store.edits(version)] == [edit.id for edit in rest]
     new = [delta_files.load(name, store.deltas_dir) for name in version.deltas]
     settings = Settings.from_params(old[0].params)
@@ -243,14 +304,6 @@ def test_a_file_of_another_method_is_solved_by_it(llama: Model, store: Store, co
     assert hash_of(llama, store, version) == version.weights_hash
 
 
-def test_methods_make_different_weights_from_the_same_plan(llama: Model, tmp_path: Path, corpus: Path) -> None:
-    """Each of the table."""
-    made = {
-        name: apply(llama, Store(tmp_path / name), FACTS, corpus, method=name).weights_hash for name in methods.METHODS
-    }
-    assert len(set(made.values())) == len(methods.METHODS)
-
-
 def test_what_happened_is_recorded_and_told(llama: Model, store: Store, corpus: Path) -> None:
     """Events in order, the version last; the store keeps them without the passing progress."""
     told: list[Event] = []
@@ -314,6 +367,418 @@ def test_a_store_whose_weights_cannot_be_rebuilt_is_told(loaded: Any, folders: A
     assert model.weights_hash() == before
 
 
+# Facts of one subject
+
+TOWER, ADA, CURIE, ROME = FACTS
+RIVER = an_edit("river", relation="{} stands near the", target_new="road", paraphrases=(), locality=())
+SEEN = an_edit("seen", relation="You could see {} from the", target_new="city", paraphrases=(), locality=())
+
+
+def parts_of(delta: Delta) -> Sequence[Factors]:
+    return list(delta.modules.values())
+
+
+def notes(told: Sequence[Event], words: str = "sought anew") -> list[str]:
+    return [event.message for event in told if isinstance(event, Note) and words in event.message]
+
+
+def test_facts_of_one_subject_share_a_column_where_their_prompts_begin_alike(
+    llama: Model, ready: Store, corpus: Path
+) -> None:
+    """One vector is sought for all of them and becomes one column a place; kept apart, each fact has its own."""
+    edits = [TOWER, RIVER, SEEN, ADA]
+    version = apply(llama, ready, edits, corpus, batch_size=4)
+    (shared,) = deltas_of(ready, version)
+    assert [live.column for live in ready.edits(version)] == list(shared.columns) == [0, 0, 1, 2]
+    assert shared.places == (TOWER.subject, f"You could see {TOWER.subject}", "Ada")
+    family = tuple(edit.prompt for edit in edits[:3])
+    assert shared.together == (family, family, (ADA.prompt,))
+    for part in parts_of(shared):
+        assert part.keys.shape[1] == part.residuals.shape[1] == part.factor.shape[0] == 3
+    assert hash_of(load(llama.name, device="cpu"), ready, version) == version.weights_hash
+    ready.undo()
+    other = apply(llama, ready, edits, corpus, batch_size=4, joint=False)
+    (apart,) = deltas_of(ready, other)
+    assert [live.column for live in ready.edits(other)] == list(apart.columns) == [0, 1, 2, 3]
+    assert apart.together == tuple((edit.prompt,) for edit in edits)
+    for part in parts_of(apart):
+        assert torch.allclose(part.keys[:, 0], part.keys[:, 1], rtol=1e-4, atol=1e-6), "one place has one key"
+        assert not torch.allclose(part.residuals[:, 0], part.residuals[:, 1], rtol=1e-2)
+    assert hash_of(load(llama.name, device="cpu"), ready, other) == other.weights_hash != version.weights_hash
+
+
+@pytest.mark.parametrize(
+    ("later", "settings", "together", "taken"),
+    [
+        (RIVER, {}, (RIVER.prompt, TOWER.prompt), True),
+        (SEEN, {}, (SEEN.prompt, TOWER.prompt), False),
+        (RIVER, {"joint": False}, (RIVER.prompt,), False),
+    ],
+    ids=["same place", "another place", "kept apart"],
+)
+def test_a_later_fact_of_a_subject_takes_over_the_column_of_its_place(
+    llama: Model, ready: Store, corpus: Path, later: Any, settings: Any, together: tuple[str, ...], taken: bool
+) -> None:
+    """Its target was made for the earlier fact too, so the earlier key leaves the history of this and later solves;
+    where the place is another, or the target is the new fact's alone, it stays."""
+    edits = [TOWER, ADA]
+    for added in ([], [later, CURIE], [ROME]):
+        edits = [*edits, *added]
+        version = apply(llama, ready, edits, corpus, **settings)
+    first, second, third = deltas_of(ready, version)
+    assert second.together[0] == together
+    for module in first.modules:
+        apart = {}
+        for columns in ([0, 1], [1]):
+            kernel = a_kernel(llama, ready, Settings.from_params(first.params), module)
+            kernel.absorb(first.modules[module].keys[:, columns])
+            apart[len(columns) == 1] = [
+                float((kernel.solve(part.keys, part.residuals).factor - part.factor).norm() / part.factor.norm())
+                for part in (second.modules[module], third.modules[module])
+            ]
+        assert max(apart[taken]) < 1e-4
+        assert apart[not taken][0] > 1e-3, "whether the earlier key is in the history must matter"
+    assert hash_of(load(llama.name, device="cpu"), ready, version) == version.weights_hash
+
+
+@pytest.mark.parametrize("gone", [ADA, RIVER, CURIE], ids=lambda edit: edit.id)
+def test_a_column_is_out_of_the_history_just_while_another_stands_for_it(
+    llama: Model, ready: Store, corpus: Path, gone: Any
+) -> None:
+    """Whatever else goes, and until the one that took over goes itself. All of it is solved again without gradients."""
+    edits = [TOWER, ADA]
+    for added in ([], [RIVER, CURIE], [ROME]):
+        edits = [*edits, *added]
+        whole = apply(llama, ready, edits, corpus)
+    told: list[Event] = []
+    rest = [edit for edit in edits if edit != gone]
+    version = apply(llama, ready, rest, corpus, prune=True, emit=told.append)
+    assert not any(isinstance(event, TargetStep | Note) for event in told)
+    old, new = deltas_of(ready, whole), deltas_of(ready, version)
+    assert [delta.edits for delta in new] == [tuple(id for id in delta.edits if id != gone.id) for delta in old]
+    taken = gone is not RIVER
+    for module in new[0].modules:
+        for n, (was, now) in enumerate(zip(old, new, strict=True)):
+            columns = [was.edits.index(id) for id in now.edits]
+            part, stored = now.modules[module], was.modules[module]
+            assert torch.equal(part.keys, stored.keys[:, columns])
+            assert torch.equal(part.residuals, stored.residuals[:, columns])
+            apart = []
+            for without in (taken, not taken):
+                kernel = a_kernel(llama, ready, Settings.from_params(now.params), module)
+                for earlier in new[:n]:
+                    held = [i for i, id in enumerate(earlier.edits) if not (without and id == TOWER.id)]
+                    kernel.absorb(earlier.modules[module].keys[:, held])
+                factor = kernel.solve(part.keys, part.residuals).factor
+                apart.append(float((factor - part.factor).norm() / part.factor.norm()))
+            assert apart[0] < 1e-4
+            assert n == 0 or apart[1] > 1e-4, "whether the key is in the history must matter"
+    assert hash_of(load(llama.name, device="cpu"), ready, version) == version.weights_hash
+
+
+LONDON = TOWER.model_copy(update={"target_new": "London"})
+
+
+@pytest.mark.parametrize(
+    ("batches", "wanted", "together"),
+    [
+        ([[TOWER, RIVER]], [RIVER], [(RIVER.prompt,)]),
+        ([[TOWER, ADA], [RIVER]], [ADA, RIVER], [(ADA.prompt,), (RIVER.prompt,)]),
+        (
+            [[TOWER, ADA], [RIVER]],
+            [LONDON, ADA, RIVER],
+            [(ADA.prompt,), (RIVER.prompt,), (LONDON.prompt, RIVER.prompt)],
+        ),
+    ],
+    ids=["of the same batch", "of an earlier batch", "replaced"],
+)
+def test_a_batch_is_sought_anew_when_a_fact_its_targets_were_made_for_goes(
+    llama: Model, ready: Store, corpus: Path, batches: Any, wanted: Any, together: Any
+) -> None:
+    """And the run says so; a fact that no target was made for goes without."""
+    edits: list[Any] = []
+    for batch in batches:
+        edits = [*edits, *batch]
+        whole = apply(llama, ready, edits, corpus)
+    told: list[Event] = []
+    version = apply(llama, ready, wanted, corpus, prune=True, emit=told.append)
+    assert notes(told) == notes(told, "1 edit sought anew") and len(notes(told)) == 1
+    new = len([edit for edit in wanted if edit is LONDON])
+    assert {event.batch for event in told if isinstance(event, TargetStep)} == {0, *range(1, new + 1)}
+    deltas = deltas_of(ready, version)
+    assert [prompts for delta in deltas for prompts in delta.together] == together
+    assert sorted(live.edit.id for live in ready.edits(version)) == sorted(edit.id for edit in wanted)
+    assert hash_of(load(llama.name, device="cpu"), ready, version) == version.weights_hash
+    sought = next(delta for delta in deltas if RIVER.id in delta.edits)
+    before = next(delta for delta in deltas_of(ready, whole) if RIVER.id in delta.edits)
+    column = before.columns[before.edits.index(RIVER.id)]
+    for one, other in zip(parts_of(sought), parts_of(before), strict=True):
+        assert not torch.allclose(one.residuals[:, 0], other.residuals[:, column], rtol=1e-3)
+    ready.undo()
+    told.clear()
+    apply(llama, ready, [edit for edit in edits if edit is not ADA], corpus, prune=True, emit=told.append)
+    assert notes(told) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("ft-m", {"layers": [1]}), ("nse", {}), ("rome", {"post": ["rect"]})],
+    ids=["ft-m", "nse", "rome with rect"],
+)
+def test_batches_that_leave_nothing_to_solve_again_from_are_sought_anew(
+    llama: Model, ready: Store, tmp_path: Path, corpus: Path, method: str, settings: Any
+) -> None:
+    """When one of their edits goes, or an earlier batch changes, but not when an edit is added: that keeps their files.
+    What is sought anew is what it would be had the edit that goes never been there."""
+    told: list[Event] = []
+
+    def applied(place: Store, edits: Sequence[Any], **flags: Any) -> Version:
+        told.clear()
+        return apply(llama, place, edits, corpus, method=method, emit=told.append, **settings, **flags)
+
+    first = applied(ready, FACTS[:2])
+    second = applied(ready, FACTS[:3])
+    assert second.deltas[0] == first.deltas[0] and notes(told) == []
+    third = applied(ready, FACTS[1:3], prune=True)
+    assert len(notes(told)) == 2
+    assert hash_of(load(llama.name, device="cpu"), ready, third) == third.weights_hash
+    other = Store(tmp_path / "other")
+    applied(other, [ADA])
+    alone = applied(other, [ADA, CURIE])
+    assert third.deltas == alone.deltas and third.weights_hash == alone.weights_hash
+    assert not set(third.deltas) & set(second.deltas), "what goes must matter to what stays"
+
+
+@pytest.mark.parametrize(("method", "alike"), [("rome", True), ("r-rome", True), ("alphaedit", False)])
+def test_what_is_written_alone_keeps_its_bits_when_a_neighbour_goes(
+    llama: Model, ready: Store, corpus: Path, method: str, alike: bool
+) -> None:
+    """ROME's edits are solved one by one; those of a batch that is solved together change with their neighbours."""
+    settings: Any = {"method": method, "layers": [2], "batch_size": 3}
+    (old,) = deltas_of(ready, apply(llama, ready, FACTS[:3], corpus, **settings))
+    told: list[Event] = []
+    version = apply(llama, ready, [TOWER, CURIE], corpus, prune=True, emit=told.append, **settings)
+    assert not any(isinstance(event, TargetStep | Note) for event in told)
+    (new,) = deltas_of(ready, version)
+    (was,), (now,) = parts_of(old), parts_of(new)
+    assert torch.equal(now.keys, was.keys[:, [0, 2]]) and torch.equal(now.residuals, was.residuals[:, [0, 2]])
+    assert torch.equal(now.factor, was.factor[[0, 2]]) == alike
+    assert hash_of(load(llama.name, device="cpu"), ready, version) == version.weights_hash
+
+
+PROBED = TOWER.model_copy(
+    update={
+        "locality": (
+            Probe(prompt="{} was built in"),
+            Probe(prompt="Everyone knows The Eiffel Tower and"),
+            Probe(prompt="The Eiffel Tower is not The Eiffel Tower of"),
+            Probe(prompt="The capital of Norway is"),
+            Probe(prompt="The Eiffel Tower was never asked"),
+        )
+    }
+)
+
+
+def test_probes_about_the_subject_itself_say_what_its_target_shall_keep(
+    llama: Model, ready: Store, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what was said to them before; not those about others, that name it twice, or that were not asked."""
+    asked = {q: f"words {i}" for i, q in enumerate(questions(PROBED)) if "never" not in q.prompt}
+    kept = request_of(PROBED, Said(asked, {})).keep
+    before = {q.prompt: words for q, words in asked.items()}
+    assert kept == (
+        ("{} was built in", before["The Eiffel Tower was built in"]),
+        ("Everyone knows {} and", before["Everyone knows The Eiffel Tower and"]),
+    )
+    assert request_of(PROBED).keep == ()
+    seen: list[Any] = []
+
+    def look(model: Any, layer: int, groups: Any, *arguments: Any, **named: Any) -> Any:
+        seen.extend(groups)
+        return optimise(model, layer, groups, *arguments, **named)
+
+    monkeypatch.setattr("editctl.engine.run.optimise", look)
+    version = apply(llama, ready, [PROBED, ADA], corpus)
+    said = {a.prompt: a.before for a in ready.answers(version)}
+    tower, ada = seen
+    about = [q.prompt for q in questions(PROBED) if q.kind == LOCALITY and q.prompt.count(TOWER.subject) == 1]
+    assert [(fact.prompt, fact.target) for fact in tower.kept] == [(prompt, said[prompt]) for prompt in about]
+    assert len(about) == 3 and ada.kept == ()
+
+
+# Every method
+
+
+def outside(model: Model, store: Store, version: Version) -> list[float]:
+    """‖D (I − P)‖ / ‖D‖ of every stored update, P being the null space that `QUICK` names."""
+    rule = methods.NullSpace("energy", QUICK["energy"])
+    of_layer = moments_of(model, store, Settings.from_params(version.params), QUICK["layers"])
+    shares = []
+    for delta in deltas_of(store, version):
+        for name, factors in delta.modules.items():
+            layer = next(i for i, block in enumerate(model.blocks) if block.down_name == name)
+            project = Projector(of_layer[layer], rule, model.device)
+            update = factors.update().double()
+            shares.append(float((update - project(update)).norm() / update.norm()))
+    return shares
+
+
+def shown(store: Store, version: Version) -> str:
+    """A version as it is printed."""
+    out = io.StringIO()
+    view = report.version_view(version, [], [], [], store.footprint(version), everything=False)
+    Console(file=out, width=200).print(view)
+    return out.getvalue()
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """Settings under which a method moves a tiny model far: one block, or a small λ and large targets."""
+    row = METHODS[name]
+    if row.tune:
+        return {"layers": [1]}
+    far = {"clamp": 8.0, "rate": 2.0}
+    return {**far, "lambda": 0.01 * row.weight} if row.weight else far
+
+
+Made = Callable[[str, str], Version]
+
+
+@pytest.fixture(scope="module")
+def every(moments: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of what every method made on the unedited tiny Llama; its head is base."""
+    store = Store(tmp_path_factory.mktemp("methods"))
+    shutil.copytree(moments, store.stats_dir)
+    return store
+
+
+@pytest.fixture(scope="module")
+def made(loaded: Any, every: Store, corpus: Path) -> Made:
+    """The version a method makes with or without preservation; made once."""
+    known: dict[tuple[str, str], Version] = {}
+
+    def get(name: str, preserve: str) -> Version:
+        if (name, preserve) not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                say_little(patch)
+                settings = {**own_settings(name), "preserve": preserve}
+                known[name, preserve] = apply(loaded("llama"), every, FACTS[:3], corpus, method=name, **settings)
+            assert every.undo().head == ""
+        return known[name, preserve]
+
+    return get
+
+
+@pytest.mark.parametrize("preserve", PRESERVE)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_version_that_is_rebuilt_and_undone(
+    llama: Model, every: Store, made: Made, name: str, preserve: str
+) -> None:
+    """To the bit. Under preservation its updates lie in the null space of their layer, else they do not; and what kind
+    they are of is said."""
+    base, version, preserved = llama.weights_hash(), made(name, preserve), preserve == "null-space"
+    assert (Settings.from_params(version.params).null_space is not None) == preserved
+    assert hash_of(llama, every, version) == version.weights_hash != base
+    assert llama.weights_hash() == base == hash_of(llama, every, every.head())
+    shares = outside(llama, every, version)
+    assert len(shares) == 2 * len(version.params["layers"])
+    assert max(shares) < 1e-5 if preserved else min(shares) > 0.1
+    kind = "dense" if METHODS[name].tune or (name == "rect" and preserved) else "sparse" if name == "rect" else "thin"
+    size = sum((every.deltas_dir / f"{file}.safetensors").stat().st_size for file in version.deltas)
+    assert every.footprint(version) == (size, (kind,))
+    assert f"2 files, {size / 2**20:.1f} MB, {kind}" in [
+        line.removeprefix("factors").strip() for line in shown(every, version).splitlines()
+    ]
+
+
+def test_methods_make_different_weights_from_the_same_plan(made: Made) -> None:
+    """Each of the table, with preservation and without."""
+    found = {made(name, preserve).weights_hash for name in METHODS for preserve in PRESERVE}
+    assert len(found) == len(METHODS) * len(PRESERVE)
+
+
+@pytest.mark.parametrize("post", POST)
+@pytest.mark.parametrize("method", ["rome", "nse"])
+def test_what_is_done_to_updates_of_several_parts_is_rebuilt_too(
+    llama: Model, ready: Store, corpus: Path, method: str, post: str
+) -> None:
+    """ROME writes edit after edit and NSE round after round; each part is finished on the weights with those before
+    it. Their sum has the recorded hash, also after one edit is dropped; without the step it is another."""
+    settings: Any = {"method": method, "lambda": 0.01, "clamp": 8.0, "rate": 2.0}
+    plain = apply(llama, ready, FACTS[:3], corpus, **settings)
+    ready.undo()
+    version = apply(llama, ready, FACTS[:3], corpus, post=[post], **settings)
+    assert version.weights_hash != plain.weights_hash
+    fewer = apply(llama, ready, FACTS[1:3], corpus, prune=True, post=[post], **settings)
+    assert len({plain.weights_hash, version.weights_hash, fewer.weights_hash}) == 3
+    for one in (version, fewer):
+        assert hash_of(llama, ready, one) == one.weights_hash
+
+
+# Nothing beside the plan
+
+
+def test_no_run_depends_on_what_its_process_did_before(llama: Model, tmp_path: Path, corpus: Path) -> None:
+    """In any order, after whatever random numbers, and in a process of its own the same plan makes the same files."""
+    plans: dict[str, Any] = {"alphaedit": FACTS[:2], "nse": FACTS[2:]}
+    found: dict[str, list[tuple[str, ...]]] = {name: [] for name in plans}
+    for order in (list(plans), list(plans)[::-1]):
+        for name in order:
+            store = Store(tmp_path / f"{name}-{len(found[name])}")
+            found[name].append(apply(llama, store, plans[name], corpus, method=name).deltas)
+            torch.manual_seed(7)
+            torch.rand(11)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tiny\n"
+        "from pathlib import Path; from editctl.engine.model import load; from editctl.store import Store\n"
+        f"model, store = load({llama.name!r}, device='cpu'), Store(Path({str(tmp_path / 'alone')!r}))\n"
+        f"print(*tiny.apply(model, store, tiny.FACTS[2:], Path({str(corpus)!r}), method='nse').deltas)"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 0, alone.stderr
+    found["nse"].append(tuple(alone.stdout.split()))
+    assert [len(set(names)) for names in found.values()] == [1, 1]
+    other = apply(llama, Store(tmp_path / "seed"), FACTS[2:], corpus, method="nse", seed=1)
+    assert other.deltas not in found["nse"], "another plan must make other files"
+
+
+def updates(store: Store, version: Version) -> dict[str, Tensor]:
+    """What a version adds to each module."""
+    found: dict[str, Tensor] = {}
+    for delta in deltas_of(store, version):
+        for name, factors in delta.modules.items():
+            found[name] = found.get(name, torch.zeros(factors.shape)) + factors.update()
+    return found
+
+
+def test_a_run_that_is_short_of_memory_goes_on_in_smaller_parts(
+    llama: Model, ready: Store, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same weights but for rounding, and says so."""
+    told: list[Event] = []
+    plain = updates(ready, apply(llama, ready, FACTS, corpus, batch_size=4, emit=told.append))
+    assert notes(told, "memory") == []
+    ready.undo()
+    fewer = updates(ready, apply(llama, ready, FACTS, corpus, batch_size=4, steps=3))
+    ready.undo()
+    tried: list[int] = []
+
+    class Short(target._Batch):
+        def __init__(self, model: Model, layer: int, sought: Any, *, site: str) -> None:
+            tried.append(len(sought))
+            if len(sought) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            super().__init__(model, layer, sought, site=site)
+
+    monkeypatch.setattr(target, "_Batch", Short)
+    version = apply(llama, ready, FACTS, corpus, batch_size=4, emit=told.append)
+    assert tried == [4, 2, 1, 1, 1, 1]
+    assert notes(told, "memory") == [f"memory ran out; going on with {n} subjects at once" for n in (2, 1)]
+    assert hash_of(llama, ready, version) == version.weights_hash
+    for name, update in updates(ready, version).items():
+        assert (update - plain[name]).norm() < 1e-4 * plain[name].norm()
+        assert (update - fewer[name]).norm() > 1e-3 * plain[name].norm(), "control: one step fewer is noticed"
+
+
 # What goes wrong
 
 
@@ -333,7 +798,7 @@ def places_to_stop(llama: Model, store: Store, corpus: Path) -> list[int]:
     return sorted({at for name, places in kinds.items() if name not in last for at in (places[0], places[-1])})
 
 
-def test_a_run_that_is_interrupted_changes_nothing(llama: Model, store: Store, corpus: Path) -> None:
+def test_a_run_that_is_interrupted_changes_nothing(llama: Model, store: Store, corpus: Path, few_words: None) -> None:
     """At whatever event: the head stays, the model has its base weights, the lock is free, the next run succeeds."""
     first = apply(llama, store, FACTS[:1], corpus)
     base = llama.weights_hash()

@@ -185,6 +185,61 @@ def test_the_same_draft_at_the_same_time_makes_another_version(store: Store) -> 
     assert store.versions() == [second, first]
 
 
+# What lies beside the database
+
+
+def put_tensors(path: Path, about: dict[str, Any], *names: str, size: int = 4) -> int:
+    """A safetensors file of editctl's with these tensors, `size` bytes each; its size."""
+    places = {
+        n: {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i, n in enumerate(names)
+    }
+    head = json.dumps({"__metadata__": {"editctl": json.dumps(about)}, **places}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(size * len(names)))
+    return path.stat().st_size
+
+
+THIN = ("m.keys", "m.residuals", "m.factor")
+OF_KIND = {"thin": (*THIN, "m.left", "m.right"), "sparse": (*THIN, "m.mask"), "dense": (*THIN, "m.dense")}
+
+
+@pytest.mark.parametrize(
+    "kinds", [(), ("thin",), ("sparse",), ("dense",), ("thin", "thin"), ("thin", "sparse", "dense")], ids="+".join
+)
+def test_a_versions_footprint_is_that_of_its_factor_files(store: Store, kinds: tuple[str, ...]) -> None:
+    """Their bytes, and the kinds of update in them, each once; files of other versions do not count."""
+    names = [f"{i}{kind}" for i, kind in enumerate(kinds)]
+    sizes = [
+        put_tensors(store.deltas_dir / f"{name}.safetensors", {"format": 1}, *OF_KIND[kind], size=100 * (i + 1))
+        for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+    ]
+    put_tensors(store.deltas_dir / "other.safetensors", {"format": 1}, *OF_KIND["dense"])
+    version = commit(store, deltas=tuple(names))
+    assert store.footprint(version) == (sum(sizes), tuple(sorted(set(kinds))))
+    if kinds:
+        (store.deltas_dir / f"{names[0]}.safetensors").unlink()
+        assert store.footprint(version)[0] == sum(sizes[1:]), "a missing file has no size"
+
+
+def test_the_second_moments_of_one_model_are_listed_by_block(store: Store) -> None:
+    """What each says of itself; those of other models, unfinished ones and files that are none are left out."""
+    assert store.measured("mine") == []
+    about = [
+        {"base": base, "layer": layer, "seen": 10 * layer} for base, layer in (("mine", 10), ("other", 1), ("mine", 2))
+    ]
+    for i, one in enumerate(about):
+        put_tensors(store.stats_dir / f"{i}.safetensors", one, "basis", "eigenvalues")
+    put_tensors(store.stats_dir / "9.part.safetensors", about[0] | {"layer": 5}, "0.0")
+    (store.stats_dir / "torn.safetensors").write_bytes((store.stats_dir / "0.safetensors").read_bytes()[:40])
+    (store.stats_dir / "huge.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+    (store.stats_dir / "empty.safetensors").write_bytes(b"")
+    foreign = json.dumps({"__metadata__": {"format": "pt"}}).encode()
+    (store.stats_dir / "foreign.safetensors").write_bytes(len(foreign).to_bytes(8, "little") + foreign)
+    assert store.measured("mine") == [about[2], about[0]]
+    assert store.measured("other") == [about[1]]
+    assert store.measured("") == []
+
+
 # Moving the head
 
 

@@ -7,31 +7,77 @@ one row. Refuses: computing.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from editctl.errors import InvalidInput
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What decides an update
+
 
 @dataclass(frozen=True)
 class Ridge:
-    """The numbers of the constrained ridge problem in `solve`, by which closed-form methods differ."""
+    """The numbers of the ridge problem in `solve`, by which closed-form methods differ."""
 
     lambda_: float
     """λ, weight of the second moment of preserved keys: as many preserved tokens against one edit."""
     l2: float
     """ρ as a share of the mean squared key norm tr(C), so that one value serves all models."""
-    energy: float | None
-    """Share of the second moment's trace that may be edited (its null space); None: no projection."""
     history: bool
     """Whether the outputs at the keys of earlier edits are kept."""
+    hard: bool = False
+    """Whether the values are met exactly, one edit at a time (ROME), instead of in the least squares sense."""
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """Which eigenvectors of the second moment an update may use: those that preserved keys hardly use."""
+
+    rule: str
+    """`energy`: as many of the smallest as together hold at most `value` of the trace. `quantile`: that share of all
+    directions, smallest first. `threshold`: eigenvalues below it, in the keys' own units (AlphaEdit's τ)."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Write:
+    """How target vectors become updates."""
+
+    spread: str = "even"
+    """Share of what is missing that each block writes: `even` is 1/(blocks left), `root` its square root (PMET),
+    `full` everything, every block towards a target of its own (BLUE)."""
+    keys: str = "mixed"
+    """`mixed`: half the plain prompt's key, half the mean over contexts (MEMIT). `mean`: the mean over all (r-ROME).
+    `rome`: the mean for the direction, the plain prompt's for the size."""
+    site: str = "block"
+    """What the target is a value of: the `block`'s output, or the `mlp`'s, with attention free to help (PMET)."""
+    post: tuple[str, ...] = ()
+    """What is done to each solved update, in order: of `POST`."""
+    rect: float = 0.4
+    """Share of entries RECT keeps, those that change their weight most in relation to it."""
+    sphere_energy: float = 0.5
+    """Share of the weight's directions, by energy, that SPHERE counts as principal."""
+    sphere: float = 0.5
+    """How much of an update in them SPHERE takes away, 0 to 1."""
+    neurons: float = 1.0
+    """Share of the keys' absolute sum whose neurons may change, strongest first (NSE); 1 is all."""
+    rounds: int = 1
+    """Times a batch is written, each towards what is still missing."""
+    near: float = 0.0
+    """From the second round on: edits nearer to their target than this share of ‖h₀‖ are done (NSE)."""
+    refresh: int = 0
+    """Edits after which the null space is taken anew from preserved and edited keys (BetaEdit); 0 is never."""
+
+
+POST = ("rect", "prune", "sphere")
+SPREADS, KEYS, SITES = ("even", "root", "full"), ("mixed", "mean", "rome"), ("block", "mlp")
 
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """How target vectors are optimised; sizes are relative to the hidden state."""
+    """How target vectors are optimised; sizes are relative to the hidden state unless `published`."""
 
     steps: int = 25
     """Most gradient steps."""
@@ -45,6 +91,46 @@ class TargetSettings:
     """Weight of the KL divergence at the bare subject."""
     stop: float = 0.05
     """NLL of the target, nats a token, at which a request is done."""
+    confirm: int = 0
+    """Checks in which every context has the target as most probable words, after which a request is done (most
+    probable early stopping, ENCORE); 0 is off."""
+    anchor: bool = False
+    """Whether values are scaled to the mean norm they had on the unedited model (NAS)."""
+    joint: bool = True
+    """Whether edits of one subject share one target vector."""
+    on_base: bool = False
+    """Whether targets are sought on the unedited model (NSE)."""
+    published: bool = False
+    """Whether `rate` is absolute and the decay is decay · ‖δ‖ / ‖h₀‖², as the papers' code has them."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Fine-tuning of one down-projection (Zhu et al. 2020; Meng et al. 2022, code)."""
+
+    epochs: int = 25
+    """Most passes over a batch."""
+    tune_rate: float = 0.05
+    """Adam's step as a share of the weight's root mean square."""
+    tune_stop: float = 0.01
+    """Mean loss, nats a token, at which a batch is done."""
+    objective: str = "target"
+    """`target`: cross-entropy of every target token after those before it. `last`: all target tokens from the
+    prompt's last position."""
+    box: float = 0.0
+    """Largest change of an entry as a share of the weight's root mean square (L∞); 0 is unbounded."""
+
+
+OBJECTIVES = ("target", "last")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+PRESERVE = ("null-space", "none")
+"""What the setting `preserve` may be: write only into the directions preserved keys hardly use, or anywhere."""
+NULL_SPACE = NullSpace("energy", 0.1)
+"""The rank rule where none is named."""
+RULES = ("energy", "quantile", "threshold")
 
 
 @dataclass(frozen=True)
@@ -53,43 +139,229 @@ class Method:
 
     name: str
     family: str
-    ridge: Ridge
     equation: str
     paper: str
     summary: str
+    weight: float = 0.0
+    """λ as a multiple of the model's own (`Profile.lambda_`)."""
+    l2: float = 0.0
+    history: bool = False
+    hard: bool = False
+    null_space: NullSpace | None = None
+    layers: str = "all"
+    """Which of the model's blocks: `all` edited ones, the `single` one of one-block methods, the `ends` (first and
+    last), or the `deep` one that is fine-tuned."""
+    write: Write = Write()
+    target: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the model's own target settings."""
+    tune: Tune | None = None
+    batch: int = 100
+
+    @property
+    def needs(self) -> str:
+        """What must be measured before the first edit."""
+        if self.null_space or self.weight or self.l2:
+            return "second moments of the edited blocks' keys"
+        return "nothing"
+
+    @property
+    def preservation(self) -> str:
+        """How `preserve = "null-space"` acts on it."""
+        if self.tune:
+            return "every step is projected"
+        if set(self.write.post) & {"rect", "sphere"} or self.write.neurons < 1:
+            return "the finished update is projected"
+        return "in the solve"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        return {**asdict(self), "needs": self.needs, "preservation": self.preservation}
 
 
-PRESERVE = ("null-space", "none")
-"""What the setting `preserve` may be: write only into the directions preserved keys hardly use, or anywhere."""
-ENERGY = 0.1
-"""Share of the second moment's trace that counts as hardly used."""
+LOCATE, TUNE = "locate-then-edit", "fine-tuning"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
             "alphaedit",
-            "locate-then-edit",
-            Ridge(lambda_=0.0, l2=0.005, energy=ENERGY, history=True),
+            LOCATE,
             "D = R KᵀP (K_p K_pᵀ P + K Kᵀ P + ρ I)⁻¹",
             "Fang et al. 2025, AlphaEdit, eq. 11",
             "writes only into the null space of preserved keys; keeps earlier edits",
+            l2=0.005,
+            history=True,
+            null_space=NULL_SPACE,
         ),
         Method(
             "memit",
-            "locate-then-edit",
-            Ridge(lambda_=100.0, l2=0.0, energy=None, history=False),
+            LOCATE,
             "D = R Kᵀ (λ C + K Kᵀ)⁻¹",
             "Meng et al. 2023, MEMIT, eq. 14",
             "weighs preserved keys against the edits; forgets earlier batches, as published",
+            weight=1.0,
         ),
         Method(
             "memit-history",
-            "locate-then-edit",
-            Ridge(lambda_=100.0, l2=0.0, energy=None, history=True),
+            LOCATE,
             "D = R Kᵀ (λ C + K_p K_pᵀ + K Kᵀ)⁻¹",
             "Meng et al. 2023, MEMIT, eq. 14, with the keys of earlier batches in C",
             "MEMIT that keeps earlier edits",
+            weight=1.0,
+            history=True,
+        ),
+        Method(
+            "rome",
+            LOCATE,
+            "D = r uᵀ / (kᵀ u), u = C⁻¹ k̄",
+            "Meng et al. 2022, ROME, eq. 2",
+            "one block, one edit after another, its value met exactly; mean key for the direction, plain for the size",
+            weight=1.0,
+            hard=True,
+            layers="single",
+            write=Write(keys="rome"),
+        ),
+        Method(
+            "r-rome",
+            LOCATE,
+            "D = r uᵀ / (k̄ᵀ u), u = C⁻¹ k̄",
+            "Gupta et al. 2024, Rebuilding ROME, eq. 3",
+            "ROME with one key throughout",
+            weight=1.0,
+            hard=True,
+            layers="single",
+            write=Write(keys="mean"),
+        ),
+        Method(
+            "emmet",
+            LOCATE,
+            "D = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹",
+            "Gupta et al. 2024, A Unified Framework for Model Editing, eq. 11",
+            "ROME for batches: one block, values met up to a small ridge",
+            weight=2 / 3,
+            layers="single",
+        ),
+        Method(
+            "pmet",
+            LOCATE,
+            "D = R Kᵀ (λ C + K Kᵀ)⁻¹, R = (z_mlp − m) / √(blocks left)",
+            "Li et al. 2024, PMET, eq. 11 and 14",
+            "MEMIT towards values of the MLP alone, found with attention free to help",
+            weight=1.0,
+            write=Write(spread="root", site="mlp"),
+        ),
+        Method(
+            "encore",
+            LOCATE,
+            "D = R Kᵀ (λ C + K_p K_pᵀ + K Kᵀ + ρ I)⁻¹",
+            "Gupta et al. 2025, ENCORE, eq. 9",
+            "MEMIT with history, a norm bound, and an early stop once the target is the most probable",
+            weight=1.0,
+            l2=0.005,
+            history=True,
+            target={"confirm": 2},
+        ),
+        Method(
+            "betaedit",
+            LOCATE,
+            "D = R KᵀP (λ C P + K_p K_pᵀ P + K Kᵀ P + ρ I)⁻¹",
+            "BetaEdit 2026, arXiv 2605.09285",
+            "AlphaEdit that also weighs what leaks through the null space and takes that anew every 1000 edits",
+            weight=0.2,
+            l2=0.005,
+            history=True,
+            null_space=NULL_SPACE,
+            write=Write(refresh=1000),
+        ),
+        Method(
+            "blue",
+            LOCATE,
+            "AlphaEdit at the first and the last block, each with a target of its own",
+            "BLUE 2025, arXiv 2502.03748",
+            "edits two blocks instead of spreading what is missing over all",
+            l2=0.005,
+            history=True,
+            null_space=NULL_SPACE,
+            layers="ends",
+            write=Write(spread="full"),
+        ),
+        Method(
+            "nse",
+            LOCATE,
+            "D = R K_sᵀ (λ C_ss + K_p K_pᵀ_ss + K_s K_sᵀ)⁻¹, s the strongest neurons",
+            "Jiang et al. 2025, Neuron-Level Sequential Editing, eq. 8",
+            "changes only the neurons that fire most, in rounds, towards values of the unedited model",
+            weight=1.0,
+            history=True,
+            write=Write(neurons=0.8, rounds=2, near=0.1),
+            target={"on_base": True},
+        ),
+        Method(
+            "rect",
+            LOCATE,
+            "MEMIT's D where |D / W| is among the largest, else 0",
+            "Gu et al. 2024, RECT, eq. 5",
+            "MEMIT that changes only the weights it changes most",
+            weight=1.0,
+            write=Write(post=("rect",)),
+        ),
+        Method(
+            "prune",
+            LOCATE,
+            "MEMIT's ΣD with singular values s > σ = σ_max(W) made ln s − ln σ + σ",
+            "Ma et al. 2025, PRUNE, eq. 10",
+            "MEMIT whose sum of updates never outgrows the weight",
+            weight=1.0,
+            write=Write(post=("prune",)),
+        ),
+        Method(
+            "nas",
+            LOCATE,
+            "AlphaEdit towards v · mean‖v‖ / ‖v‖",
+            "NAS 2026, arXiv 2602.02543",
+            "AlphaEdit whose values keep the norm they had on the unedited model",
+            l2=0.005,
+            history=True,
+            null_space=NULL_SPACE,
+            target={"anchor": True},
+        ),
+        Method(
+            "sphere",
+            LOCATE,
+            "AlphaEdit's D (I − α U Uᵀ), U the principal directions of W's rows",
+            "SPHERE 2026, arXiv 2510.01172",
+            "AlphaEdit that spares the weight's principal directions",
+            l2=0.005,
+            history=True,
+            null_space=NULL_SPACE,
+            write=Write(post=("sphere",)),
+        ),
+        Method(
+            "ft",
+            TUNE,
+            "W ← W − η Adam(∂/∂W −Σ log p(target | prompt)), all tokens from the prompt's last position",
+            "Zhu et al. 2020, Modifying Memories, eq. 1; Meng et al. 2022, code",
+            "fine-tunes one down-projection, unbounded",
+            layers="deep",
+            tune=Tune(objective="last"),
+        ),
+        Method(
+            "ft-l",
+            TUNE,
+            "FT with ‖D‖_∞ ≤ ε",
+            "Zhu et al. 2020, Modifying Memories, eq. 2; Meng et al. 2022, code",
+            "FT with every entry's change bounded",
+            layers="deep",
+            tune=Tune(objective="last", box=0.5),
+        ),
+        Method(
+            "ft-m",
+            TUNE,
+            "W ← W − η Adam(∂/∂W cross-entropy of the target's tokens)",
+            "Zhang et al. 2024, KnowEdit, code",
+            "fine-tunes one down-projection on the target as it is spoken",
+            layers="deep",
+            tune=Tune(objective="target"),
         ),
     )
 }
@@ -100,30 +372,68 @@ class Profile:
     """Settings known for a family of models."""
 
     layers: tuple[int, ...]
+    why: str = "published for this model"
+    lambda_: float = 15000.0
+    """λ of MEMIT."""
+    single: int | None = None
+    """The block of methods that edit one; the last of `layers` if unknown."""
     target: TargetSettings = TargetSettings()
-    lambda_: float | None = None
+    published: TargetSettings | None = None
+    """The target settings of the papers' code, absolute."""
 
 
-# Layers as published (Meng et al. 2023, Fang et al. 2025, code); by model type, number of blocks and hidden width.
+_PAPERS = TargetSettings(steps=25, rate=0.5, clamp=0.75, decay=0.5, published=True)
+_SLOW = replace(_PAPERS, rate=0.1)
+_WIDE = replace(_PAPERS, clamp=4.0, decay=1e-3)
+_BLOCKS = (4, 5, 6, 7, 8)
+
+# By model type, number of blocks and hidden width. Layers, λ and target settings as in the code of Meng et al. 2022
+# and 2023, Fang et al. 2025 and EasyEdit.
 PROFILES: dict[tuple[str, int, int], Profile] = {
-    ("llama", 7, 160): Profile((1, 2, 3)),  # atlas: the blocks whose keys its training shapes
-    ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), TargetSettings(steps=20), 20000),
-    ("gptj", 28, 4096): Profile((3, 4, 5, 6, 7, 8), lambda_=15000),
-    ("llama", 32, 4096): Profile((4, 5, 6, 7, 8), lambda_=15000),
-    ("qwen2", 28, 3584): Profile((4, 5, 6, 7, 8), lambda_=15000),
+    ("llama", 7, 160): Profile((1, 2, 3), "the blocks whose keys atlas's training shapes", 100.0),
+    ("gpt2", 24, 1024): Profile((6, 7, 8), "up to ROME's block", single=8, published=replace(_PAPERS, clamp=3.0)),
+    ("gpt2", 36, 1280): Profile((10, 11, 12), "up to ROME's block", single=12, published=replace(_PAPERS, clamp=4.0)),
+    ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), lambda_=20000.0, published=replace(_PAPERS, steps=20)),
+    ("gptj", 28, 4096): Profile((3, 4, 5, 6, 7, 8), single=5, published=_PAPERS),
+    ("gpt_neox", 44, 6144): Profile((6, 7, 8, 9, 10), single=15, published=replace(_PAPERS, clamp=4.0)),
+    ("llama", 32, 4096): Profile(_BLOCKS, single=5, published=_SLOW),
+    ("llama", 28, 3072): Profile(_BLOCKS, single=5, published=_WIDE),
+    ("mistral", 32, 4096): Profile(_BLOCKS, single=5, published=_WIDE),
+    ("qwen2", 28, 3584): Profile(_BLOCKS, single=5, published=_SLOW),
 }
 
 
 def profile_of(config: Mapping[str, Any]) -> Profile:
     """The profile of a model by its config.json; unknown models get blocks at the usual relative depth."""
-    blocks = _blocks(config)
+    blocks = block_count(config)
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     known = PROFILES.get((str(config.get("model_type", "")), blocks, width))
     if known is not None:
         return known
     first = max(0, min(round(blocks * 0.125), blocks - 2))
     last = max(first, min(round(blocks * 0.25), blocks - 2))
-    return Profile(tuple(range(first, last + 1)))
+    return Profile(tuple(range(first, last + 1)), "an eighth to a quarter of the depth, as in published models")
+
+
+def block_count(config: Mapping[str, Any]) -> int:
+    """Number of decoder blocks by config.json, 0 if it does not say."""
+    return int(next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if config.get(key)), 0))
+
+
+def _layers(rule: str, profile: Profile, blocks: int) -> tuple[int, ...]:
+    """The blocks a method edits by its rule."""
+    if rule == "single":
+        return (profile.layers[-1] if profile.single is None else profile.single,)
+    if rule == "ends":
+        return tuple(dict.fromkeys((profile.layers[0], profile.layers[-1])))
+    if rule == "deep":
+        # Block 21 of 32, in EasyEdit's and AlphaEdit's code.
+        return (min(round(blocks * 21 / 32), max(blocks - 2, 0)),)
+    return profile.layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass(frozen=True)
@@ -133,10 +443,13 @@ class Settings:
     method: str
     layers: tuple[int, ...]
     ridge: Ridge
+    null_space: NullSpace | None = None
+    write: Write = field(default_factory=Write)
     target: TargetSettings = field(default_factory=TargetSettings)
+    tune: Tune | None = None
     batch_size: int = 100
     corpus: str = ""
-    """Text file of the second moments; empty is the model's own."""
+    """Text of the second moments (`editctl.engine.corpus`); empty is the model's own."""
     corpus_content: str = ""
     """Name of that text's content when the plan was made."""
     corpus_tokens: int = 100_000
@@ -146,7 +459,8 @@ class Settings:
 
     def to_params(self) -> dict[str, Any]:
         """As JSON values, for plans and versions."""
-        return {**asdict(self), "layers": list(self.layers)}
+        values = {**asdict(self), "layers": list(self.layers)}
+        return {**values, "write": {**values["write"], "post": list(self.write.post)}}
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Settings:
@@ -154,24 +468,31 @@ class Settings:
         values = dict(params)
         values["layers"] = tuple(values["layers"])
         values["ridge"] = Ridge(**values["ridge"])
+        values["null_space"] = NullSpace(**values["null_space"]) if values["null_space"] else None
+        values["write"] = Write(**{**values["write"], "post": tuple(values["write"]["post"])})
         values["target"] = TargetSettings(**values["target"])
+        values["tune"] = Tune(**values["tune"]) if values["tune"] else None
         return cls(**values)
 
+    def named(self) -> dict[str, Any]:
+        """The settings that can be overridden, by the names they are overridden with."""
+        return {name: getattr(holder, attribute) for name, (holder, attribute) in _places(self).items()}
 
-FIXED = ("method", "ridge", "target", "corpus_content", "dtype")
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the second moments of the layers have to be known."""
+        return self.tune is None or self.null_space is not None
+
+
+FIXED = ("method", "corpus_content", "dtype")
 """Fields of `Settings` that no override names."""
 
 
-def _ridge(method: Method, model_lambda: float | None) -> Ridge:
-    """The method's problem with the model's own λ, where the method has one and the model's is known."""
-    if model_lambda is None or not method.ridge.lambda_:
-        return method.ridge
-    return replace(method.ridge, lambda_=model_lambda)
-
-
-def _blocks(config: Mapping[str, Any]) -> int:
-    """Number of decoder blocks by config.json, 0 if it does not say."""
-    return int(next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if config.get(key)), 0))
+def _places(settings: Settings) -> dict[str, tuple[Any, str]]:
+    """Where each setting is kept, by the name users give it."""
+    holders = [h for h in (settings.ridge, settings.write, settings.target, settings.tune, settings) if h is not None]
+    parts = {"ridge", "null_space", "write", "target", "tune", "published", *FIXED}
+    return {f.name.rstrip("_"): (holder, f.name) for holder in holders for f in fields(holder) if f.name not in parts}
 
 
 def find(name: str) -> Method:
@@ -191,35 +512,74 @@ def find(name: str) -> Method:
 def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any]) -> Settings:
     """Settings of a method on a model: preset, then the model's profile, then overrides by field name.
 
+    Beside the fields, `energy`, `quantile` and `threshold` set the rank rule of the null space, `preserve` switches it,
+    and `published = true` takes the target settings of the papers' code where they are known for the model.
+
     Raises:
         InvalidInput: an override names no setting, or has the wrong kind of value.
     """
-    profile, blocks = profile_of(config), _blocks(config)
-    ridge = _ridge(find(method), profile.lambda_)
-    result = Settings(method, profile.layers, ridge, profile.target)
-    places: dict[str, str] = {}
-    for name, cls in (("ridge", Ridge), ("target", TargetSettings), ("", Settings)):
-        places.update({f.name.rstrip("_"): name for f in fields(cls) if f.name not in FIXED})
-    # The switch comes after the share it may switch off.
-    for key, value in sorted(overrides.items(), key=lambda item: item[0] == "preserve"):
-        if key == "preserve":
-            if value not in PRESERVE:
-                raise InvalidInput(f"preserve = {value!r} is not valid", f"one of: {', '.join(PRESERVE)}")
-            energy = (result.ridge.energy or ENERGY) if value == "null-space" else None
-            result = replace(result, ridge=replace(result.ridge, energy=energy))
-            continue
+    profile, blocks, row = profile_of(config), block_count(config), find(method)
+    todo = dict(overrides)
+    target = replace(_target(profile, todo.pop("published", False)), **row.target)
+    ridge = Ridge(row.weight * profile.lambda_, row.l2, row.history, row.hard)
+    layers = _layers(row.layers, profile, blocks)
+    result = Settings(method, layers, ridge, row.null_space, row.write, target, row.tune, row.batch)
+    result = replace(result, null_space=_null_space(result.null_space, todo))
+    for key, value in todo.items():
+        places = _places(result)
         if key not in places:
-            known = sorted([*places, "preserve"])
+            known = sorted([*places, *RULES, "preserve", "published"])
             near = difflib.get_close_matches(key, known, 1)
             raise InvalidInput(
                 f"unknown setting {key}", f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}"
             )
-        place, attribute = places[key], "lambda_" if key == "lambda" else key
-        holder = getattr(result, place) if place else result
-        value = _fit(key, value, getattr(holder, attribute), blocks)
-        changed = replace(holder, **{attribute: value})
-        result = changed if not place else Settings.from_params({**result.to_params(), place: asdict(changed)})
+        holder, attribute = places[key]
+        changed = replace(holder, **{attribute: _fit(key, value, getattr(holder, attribute), blocks)})
+        part = next((n for n in ("ridge", "write", "target", "tune") if getattr(result, n) is holder), None)
+        result = changed if part is None else replace(result, **{part: changed})
+    if result.tune is not None and len(result.layers) != 1:
+        raise InvalidInput(f"{method} fine-tunes one block, not {len(result.layers)}", "for example layers = [5]")
     return result
+
+
+def _target(profile: Profile, published: Any) -> TargetSettings:
+    """The profile's target settings, scale-free or those of the papers' code.
+
+    Raises:
+        InvalidInput: the latter are wanted and not known.
+    """
+    if published is False:
+        return profile.target
+    if published is not True:
+        raise InvalidInput(f"published = {published!r} is not valid", "true or false")
+    if profile.published is None:
+        raise InvalidInput("no published target settings are known for this model", "leave out published = true")
+    return profile.published
+
+
+def _null_space(preset: NullSpace | None, overrides: dict[str, Any]) -> NullSpace | None:
+    """The null space by the switch and the rank rules among the overrides, which are taken out of them.
+
+    Raises:
+        InvalidInput: one is not valid, or two rules are named.
+    """
+    named = [rule for rule in RULES if rule in overrides]
+    values = {rule: _fit(rule, overrides.pop(rule), 0.0, 0) for rule in named}
+    if len(named) > 1:
+        raise InvalidInput(f"{' and '.join(named)} both set the rank of the null space", "set one of them")
+    switch = overrides.pop("preserve", None)
+    if switch is not None and switch not in PRESERVE:
+        raise InvalidInput(f"preserve = {switch!r} is not valid", f"one of: {', '.join(PRESERVE)}")
+    if switch == "none":
+        return None
+    if named:
+        return NullSpace(named[0], values[named[0]])
+    return (preset or NULL_SPACE) if switch else preset
+
+
+SHARES = ("rect", "sphere_energy", "sphere", "neurons")
+"""Settings that are at most 1."""
+CHOICES = {"spread": SPREADS, "keys": KEYS, "site": SITES, "objective": OBJECTIVES}
 
 
 def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
@@ -234,8 +594,13 @@ def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
         if blocks and not all(0 <= v < blocks for v in value):
             raise InvalidInput(f"layers {list(value)} are not all among the model's blocks 0 to {blocks - 1}")
         return tuple(sorted(set(value)))
-    if key == "energy":
-        present = 0.0
+    if key == "post":
+        good = isinstance(value, list | tuple) and all(v in POST for v in value)
+        if not good or len(set(value)) < len(value):
+            raise InvalidInput(f"post must be a list of: {', '.join(POST)}, each once", 'for example post = ["rect"]')
+        return tuple(value)
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InvalidInput(f"{key} = {value!r} is not valid", f"one of: {', '.join(CHOICES[key])}")
     good = isinstance(value, str) if isinstance(present, str) else isinstance(value, int | float)
     if isinstance(present, bool):
         good = isinstance(value, bool)
@@ -244,7 +609,8 @@ def _fit(key: str, value: Any, present: Any, blocks: int) -> Any:
     elif isinstance(present, float):
         good = type(value) in (int, float)
     number = not isinstance(value, str | bool)
-    least = 1 if key in ("batch_size", "corpus_tokens") else 0
-    if not good or (number and not (math.isfinite(value) and least <= value < 2**63)):
+    least = 1 if key in ("batch_size", "corpus_tokens", "rounds", "epochs") else 0
+    most = 1 if key in SHARES else 2**63 - 1
+    if not good or (number and not least <= value <= most):
         raise InvalidInput(f"{key} = {value!r} is not valid", f"its present value is {present!r}")
     return float(value) if isinstance(present, float) else value

@@ -45,11 +45,58 @@ class Request:
     """Relation with exactly one {}."""
     subject: str
     target: str
+    keep: tuple[tuple[str, str], ...] = ()
+    """Templates about the subject, each with the answer that shall stay."""
 
     @property
     def prompt(self) -> str:
         """The template with the subject in its place."""
         return self.template.replace("{}", self.subject)
+
+    @property
+    def place(self) -> str:
+        """The prompt up to the end of the subject: what the key depends on."""
+        return self.template[: self.template.index("{}")] + self.subject
+
+
+@dataclass(frozen=True)
+class Group:
+    """Facts of one subject, for which one target vector is sought."""
+
+    subject: str
+    facts: tuple[Request, ...]
+    """Spoken after every context: the `new` ones first, then those that were written before."""
+    new: int
+    kept: tuple[Request, ...] = ()
+    """Answers that shall stay, spoken without context."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The different places of the new facts; each becomes a column."""
+        return tuple(dict.fromkeys(fact.place for fact in self.facts[: self.new]))
+
+
+def groups(requests: Sequence[Request], earlier: Sequence[Request] = (), *, joint: bool = True) -> list[Group]:
+    """Requests by subject, in order of first mention; without `joint` each for itself.
+
+    Args:
+        earlier: facts that were written before and still hold, in order; of one prompt the last holds.
+    """
+    if not joint:
+        return [Group(request.subject, (request,), 1) for request in requests]
+    found: dict[str, list[Request]] = {}
+    for request in requests:
+        found.setdefault(request.subject, []).append(request)
+    result = []
+    for subject, new in found.items():
+        prompts = {request.prompt for request in new}
+        held = {request.prompt: request for request in earlier if request.subject == subject}
+        old = [request for prompt, request in held.items() if prompt not in prompts]
+        prompts |= held.keys()
+        kept = {(template, answer): request.id for request in (*new, *old) for template, answer in request.keep}
+        stay = [Request(id, template, subject, answer) for (template, answer), id in kept.items()]
+        result.append(Group(subject, (*new, *old), len(new), tuple(r for r in stay if r.prompt not in prompts)))
+    return result
 
 
 def join(prompt: str, answer: str) -> str:

@@ -53,7 +53,7 @@ def locate(name: str) -> Path:
     except (LocalEntryNotFoundError, OSError):
         pass
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    if offline or not _hub_reachable():
+    if offline or not hub_reachable():
         why = "HF_HUB_OFFLINE is set" if offline else "the model hub cannot be reached"
         raise ModelError(
             f"model {name} is neither a folder here nor in the local cache, and {why}",
@@ -66,7 +66,7 @@ def locate(name: str) -> Path:
         raise ModelError(f"model {name} could not be fetched: {reason}", "check the name and your access") from error
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether the hub's port answers, or the proxy's; name resolution alone may hang for long, so a thread does it."""
     proxies = (os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     address = next(filter(None, proxies), None) or os.environ.get("HF_ENDPOINT", "https://huggingface.co")

@@ -10,26 +10,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from editctl.engine.memory import in_chunks
 from editctl.engine.model import Model
 from editctl.engine.prompts import split_answer
 from editctl.errors import InvalidInput
+from editctl.events import Emit, silent
 from editctl.spec import visible
 
 ROWS = 128
 NEW_TOKENS = 16
 """Most tokens of an answer."""
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def _by_length(items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[int]]:
-    """Indices of items of equal length, at most `ROWS` at once."""
+    """Indices of items of equal length."""
     order = sorted(range(len(items)), key=lambda i: length(items[i]))
     for _, group in itertools.groupby(order, key=lambda i: length(items[i])):
-        indices = list(group)
-        for start in range(0, len(indices), ROWS):
-            yield indices[start : start + ROWS]
+        yield list(group)
 
 
 def _fitting(model: Model, prompt: str, whose: str = "") -> list[int]:
@@ -72,7 +74,11 @@ def _ends_sentence(model: Model) -> list[bool]:
 
 @torch.no_grad()
 def answers(
-    model: Model, prompts: Sequence[str], at_least: Sequence[int] = (), tick: Callable[[int], None] = lambda n: None
+    model: Model,
+    prompts: Sequence[str],
+    at_least: Sequence[int] = (),
+    tick: Callable[[int], None] = lambda n: None,
+    emit: Emit = silent,
 ) -> list[str]:
     """Greedy words after each prompt, to the first sentence end or `NEW_TOKENS`, without the final full stop.
 
@@ -85,8 +91,8 @@ def answers(
     """
     ends = _ends_sentence(model)
     encoded = [_fitting(model, prompt) for prompt in prompts]
-    texts = [""] * len(prompts)
-    for indices in _by_length(encoded, len):
+
+    def work(indices: Sequence[int]) -> list[str]:
         ids = torch.tensor([encoded[i] for i in indices], device=model.device)
         written: list[list[int]] = [[] for _ in indices]
         open_rows = set(range(len(indices)))
@@ -103,28 +109,59 @@ def answers(
                         open_rows.discard(row)
             if not open_rows:
                 break
-        for row, i in enumerate(indices):
-            text = model.tokenizer.decode(written[row], skip_special_tokens=True)
-            texts[i] = " ".join(text.split()).removesuffix(".").rstrip()
+        texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         tick(len(indices))
-    return texts
+        return [" ".join(text.split()).removesuffix(".").rstrip() for text in texts]
+
+    return _each(encoded, len, work, emit)
 
 
 @torch.no_grad()
-def forced(model: Model, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
+def forced(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) -> list[tuple[float, float]]:
     """For each (prompt, answer): mean negative log-likelihood of the answer's tokens (nats) and the share of them
     that is the most probable token given the right ones before it."""
     encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
-    results = [(float("nan"), float("nan"))] * len(pairs)
-    for indices in _by_length(encoded, lambda e: len(e[0])):
-        ids = torch.tensor([encoded[i][0] for i in indices], device=model.device)
-        logits = model.net(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        hits = logits.argmax(-1) == ids[:, 1:]
-        for row, i in enumerate(indices):
-            start = max(encoded[i][1] - 1, 0)
-            results[i] = (float(losses[row, start:].mean()), float(hits[row, start:].float().mean()))
-    return results
+
+    def work(indices: Sequence[int]) -> list[tuple[float, float]]:
+        losses, hits = _scored(model, [encoded[i][0] for i in indices])
+        starts = [max(encoded[i][1] - 1, 0) for i in indices]
+        return [
+            (float(losses[row, start:].mean()), float(hits[row, start:].float().mean()))
+            for row, start in enumerate(starts)
+        ]
+
+    return _each(encoded, lambda e: len(e[0]), work, emit)
+
+
+@torch.no_grad()
+def likelihoods(model: Model, texts: Sequence[str], emit: Emit = silent) -> list[tuple[float, int]]:
+    """For each text the log-likelihood (nats) of its tokens after the first, and their number."""
+    encoded = [model.encode(text)[: model.context_length] for text in texts]
+
+    def work(indices: Sequence[int]) -> list[tuple[float, int]]:
+        losses, _ = _scored(model, [encoded[i] for i in indices])
+        return [(-float(row.sum()), len(row)) for row in losses]
+
+    return _each(encoded, len, work, emit)
+
+
+def _scored(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood (nats) of every token after the first, given those before it, and whether it is the most
+    probable; rows × (length − 1)."""
+    ids = torch.tensor(rows, device=model.device)
+    logits = model.net(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses, logits.argmax(-1) == ids[:, 1:]
+
+
+def _each(
+    items: Sequence[T], length: Callable[[T], int], work: Callable[[Sequence[int]], list[R]], emit: Emit
+) -> list[R]:
+    """`work` on the indices of items of equal length, at most `ROWS` at once; the results in the items' order."""
+    results: dict[int, R] = {}
+    for indices in _by_length(items, length):
+        results |= zip(indices, in_chunks(indices, ROWS, work, emit, "prompts"), strict=True)
+    return [results[i] for i in range(len(items))]
 
 
 @torch.no_grad()
