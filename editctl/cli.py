@@ -626,18 +626,19 @@ def study_subjects(
 
     space = space.with_flags(**flags)
     first, second, kept = room.make(subjects, seed)
+    # Sizes that part no pair, and every pair.
     orders = {
-        "same batch": [edit for pair in zip(first, second, strict=True) for edit in pair],
-        "later batch": [*first, *second],
+        "same batch": ([edit for pair in zip(first, second, strict=True) for edit in pair], batch + batch % 2),
+        "later batch": ([*first, *second], min(batch, subjects)),
     }
     _run_study(
         space,
         as_json,
         lambda bench, settings: (
             {"target": "shared" if joint else "one each", "second edit": order}
-            | bench.trial(settings(name, joint=joint), edits, kept, batch=batch)
+            | bench.trial(settings(name, joint=joint), edits, kept, batch=size)
             for name in names or ("alphaedit",)
-            for order, edits in orders.items()
+            for order, (edits, size) in orders.items()
             for joint in (True, False)
         ),
     )

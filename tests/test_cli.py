@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from editctl.engine.methods import METHODS
 from editctl.store import Store
 
 HEADER = {"type": "version", "schema": 1}
@@ -220,6 +221,7 @@ def test_a_spec_file_that_is_not_there_is_a_problem(new: Path, run: Run) -> None
     [
         ("validate",),
         ("methods",),
+        ("model", "inspect"),
         ("plan",),
         ("apply",),
         ("log",),
@@ -253,9 +255,41 @@ def test_a_plan_shows_a_glyph_an_edit_and_a_summary(applied: str, run: Run) -> N
     Path("specs/tower.toml").unlink()
     spec("bolero.toml", BOLERO.replace("Johann Strauss", "Jean Sibelius"), DOLPHIN)
     lines = run("plan", "--prune").out.splitlines()
-    assert [line.split()[:2] for line in lines[:-1]] == [["~", "bolero"], ["+", "dolphin"], ["-", "tower"]]
+    assert [line.split()[:2] for line in lines[:3]] == [["~", "bolero"], ["+", "dolphin"], ["-", "tower"]]
     assert "Johann Strauss → Jean Sibelius" in lines[0]
-    assert lines[-1] == "Plan: 1 to add, 1 to replace, 1 to drop, 0 to keep."
+    assert lines[3] == "Plan: 1 to add, 1 to replace, 1 to drop, 0 to keep."
+    assert lines[4].startswith("Expected: about ") and len(lines) == 5
+
+
+EXPECTED = re.compile(r"Expected: about \d+ s and at most \d+(?:\.\d)? [MG]B of memory \(([^)]+)\)\.")
+
+
+def test_a_plan_says_what_it_will_probably_take(new: Path, run: Run) -> None:
+    """Seconds, memory, and that the pace is assumed; in JSON too. Fewer edits take less."""
+    (line,) = EXPECTED.findall(" ".join(run("plan").out.split()))
+    assert line.startswith("assuming") and line.endswith("FLOP/s")
+    (both,), (one,) = (run("plan", "--json", path).of("expected") for path in ("specs", "specs/tower.toml"))
+    assert both["basis"] == one["basis"] == line
+    assert both["seconds"] > one["seconds"] > 0 and both["bytes"] >= one["bytes"] > 0
+
+
+def test_after_a_run_the_pace_is_that_of_its_version(applied: str, run: Run) -> None:
+    """What it took an edit and a prompt; where there is nothing to do nothing is expected."""
+    version = Store(Path("store")).head()
+    assert version is not None
+    assert "Expected" not in run("plan").out and run("plan", "--json").of("expected") == []
+    spec("dolphin.toml", DOLPHIN)
+    (basis,) = EXPECTED.findall(" ".join(run("plan").out.split()))
+    assert basis == f"at the pace of version {applied}"
+    (expected,) = run("plan", "--json").of("expected")
+    editing = sum(version.seconds.get(phase, 0.0) for phase in ("target", "keys", "solve", "write"))
+    # One new edit after two, six prompts in all after five.
+    asking = version.seconds["before"] + version.seconds["after"]
+    assert expected["seconds"] == pytest.approx(editing / 2 + asking * 6 / 5)
+    # The process that applied these specs had nothing else in it.
+    assert version.peak_mb / 3 < expected["bytes"] / 2**20 < version.peak_mb * 3
+    assert not version.peak_mb / 3 < (expected["bytes"] / 2**20) / 10 < version.peak_mb * 3
+    assert EXPECTED.search(" ".join(run("apply", "--yes", "--set", "steps=2").err.split()))
 
 
 def test_a_changed_probe_is_measured_again_without_an_edit(applied: str, run: Run) -> None:
@@ -438,7 +472,7 @@ def test_the_same_specs_and_seed_give_the_same_weights(applied: str, run: Run) -
 def test_cached_second_moments_give_the_weights_of_fresh_ones(new: Path, run: Run) -> None:
     """The first apply of a store measures them and the second reads them; their versions have the same bits."""
     few = ("--set", "corpus_tokens=2000", "--set", "steps=3")
-    hashes = {}
+    hashes: dict[Any, set[str]] = {}
     for settings in (few, few, (*few, "--set", "seed=1")):
         outcome = run("apply", "specs/tower.toml", "--yes", "--json", *settings)
         assert outcome.code == 0, outcome.err
@@ -468,6 +502,7 @@ def test_show_tells_what_the_model_said_before_and_after(applied: str, run: Run)
     text = run("show").out
     assert re.search(r"✓ +Everyone knows that the Eiffel Tower is in +Paris +Rome +1/1 +1/1", text)
     assert re.search(r"reliability +100\.0 % +100\.0 % +2", text)
+    assert re.search(r"factors +1 file, 0\.1 MB, thin\n", re.sub(r" +\n", "\n", text))
     outcome = run("show", applied[:6], "--json")
     assert outcome.lines[0]["id"] == applied
     assert {(a["kind"], a["edit"]) for a in outcome.of("answer")} >= {("rewrite", "tower"), ("paraphrase", "bolero")}
@@ -523,7 +558,8 @@ def test_warnings_are_told_where_the_specs_are_used(applied: str, run: Run) -> N
 def test_a_saved_plan_takes_no_other_orders(new: Path, run: Run) -> None:
     """What it says is what is done; a flag beside it would be ignored."""
     assert run("plan", "-o", "plan.json").code == 0
-    for flags in (("--method", "memit"), ("--set", "energy=0.3"), ("--prune",), ("--batch-size", "1")):
+    flags_of = (("--method", "memit"), ("--set", "energy=0.3"), ("--prune",), ("--batch-size", "1"))
+    for flags in (*flags_of, ("--layers", "1"), ("--corpus", "x.txt"), ("--preserve", "none")):
         outcome = run("apply", "plan.json", *flags)
         assert outcome.code == 2 and "already decides" in outcome.err
     assert head() == ""
@@ -677,6 +713,16 @@ def test_there_is_an_end_to_undo_and_to_redo(applied: str, run: Run) -> None:
         (("plan", "--set", "seed=99999999999999999999"), 2, ("seed = 99999999999999999999 is not valid",)),
         (("ask", "Rome is", "--device", "cpu:x"), 2, ("device cpu:x is not available",)),
         (("study", "sequential", "--edits", "9999"), 2, ("atlas knows", "ask for fewer")),
+        (("study", "subjects", "--subjects", "9999"), 2, ("atlas knows", "ask for fewer")),
+        (("study", "runtime", "--shape", "round"), 2, ("unknown shape round", "hint: one of: gpt2-124m")),
+        (("study", "runtime", "--counterfact", "no.json"), 2, ("no.json is not CounterFact's JSON", "hint: ")),
+        (("plan", "--layers", "1,x"), 2, ("--layers 1,x is no list of blocks", "hint: for example --layers 1,2,3")),
+        (("apply", "--yes", "--layers", "1-3"), 2, ("is no list of blocks", "hint: for example --layers 1,2,3")),
+        (("study", "specs", "--layers", ""), 2, ("is no list of blocks", "hint: for example --layers 1,2,3")),
+        (("apply", "--yes", "--layers", "3,7"), 2, ("are not all among the model's blocks 0 to 6",)),
+        (("plan", "--method", "ft", "--layers", "1,2"), 2, ("fine-tunes one block", "hint: for example layers")),
+        (("plan", "--corpus", "no.txt"), 2, ("the corpus no.txt cannot be read", "hint: give a UTF-8 text file")),
+        (("model", "inspect", "./no/such/folder"), 1, ("there is no folder ./no/such/folder", "hint: ")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
@@ -727,6 +773,58 @@ def test_a_flag_beats_the_configuration(new: Path, run: Run) -> None:
     assert (params["method"], params["ridge"]["l2"], params["batch_size"]) == ("memit", 0.5, 7)
     params = run("plan", "--json", "--method", "alphaedit", "--set", "l2=0.25", "--batch-size", "3").lines[0]["params"]
     assert (params["method"], params["ridge"]["l2"], params["batch_size"]) == ("alphaedit", 0.25, 3)
+
+
+def test_blocks_and_corpus_are_named_by_flags(new: Path, run: Run) -> None:
+    """They beat the configuration's, are recorded in the plan and decide what is written."""
+    Path("text.txt").write_text("The Eiffel Tower stands in Paris. Bolero is a musical work by Maurice Ravel.\n" * 90)
+    Path("editctl.toml").write_text("[settings]\nlayers = [5]\ncorpus_tokens = 1500\n")
+    flags = ("--layers", "2,1", "--corpus", "text.txt")
+    plain, named = (run("plan", "--json", *some).of("plan")[0]["params"] for some in ((), flags))
+    assert (plain["layers"], plain["corpus"], plain["corpus_content"]) == ([5], "", "atlas-1")
+    assert (named["layers"], named["corpus"]) == ([1, 2], "text.txt")
+    assert len(named["corpus_content"]) == 16
+    assert run("apply", "specs/tower.toml", "--yes", "--set", "steps=2", *flags).code == 0
+    assert run("show", "--json").of("record")[0]["params"]["layers"] == [1, 2]
+    store = Store(Path("store"))
+    version = store.head()
+    assert version is not None
+    measured = [m["layer"] for m in store.measured(version.base) if m["corpus"] == named["corpus_content"]]
+    assert measured == [1, 2]
+
+
+def test_a_model_that_brings_no_corpus_is_measured_on_its_own_words(
+    new: Path, run: Run, folders: dict[str, Path], corpus: Path
+) -> None:
+    """And that is said; not where a corpus is given."""
+    few = ("--model", str(folders["llama"]), "--layers", "1,2", "--set", "corpus_tokens=1500", "--set", "energy=0.2")
+    outcome = run("apply", "specs/tower.toml", "--yes", "--set", "steps=2", *few)
+    assert outcome.code == 0, outcome.err
+    assert "note: no corpus was given: measuring on text the model writes itself" in outcome.err
+    assert run("show", "--json").of("record")[0]["params"]["corpus_content"] == "samples-0"
+    assert run("undo").code == 0
+    outcome = run("apply", "specs/tower.toml", "--yes", "--set", "steps=2", *few, "--corpus", str(corpus))
+    assert outcome.code == 0, outcome.err
+    assert "no corpus" not in outcome.err
+
+
+def test_the_methods_are_listed_with_the_settings_of_the_one_in_use(new: Path, run: Run) -> None:
+    """The configuration says which; every name there can be overridden."""
+
+    def shown() -> tuple[str, dict[str, str]]:
+        table, _, settings = run("methods").out.partition("\nSettings of ")
+        return table, dict(line.split(None, 1) for line in settings.splitlines()[1:])
+
+    table, used = shown()
+    assert [row["name"] for row in run("methods", "--json").of("method")] == list(METHODS)
+    assert all(f"\n{name} " in table for name in METHODS)
+    assert (used["preserve"], used["layers"], used["lambda"]) == ("energy 0.1", "[1, 2, 3]", "0.0")
+    Path("editctl.toml").write_text('method = "rome"\n[settings]\nsteps = 7\n')
+    other = shown()[1]
+    assert (other["preserve"], other["layers"], other["lambda"], other["steps"]) == ("none", "[3]", "100.0", "7")
+    for name, value in used.items():
+        if name != "preserve":
+            assert run("plan", "--set", f"{name}={value}").code == 0, name
 
 
 def test_a_store_of_another_model_is_not_mixed_with_this_one(applied: str, run: Run) -> None:
@@ -893,7 +991,7 @@ def test_a_store_that_another_process_changes_is_locked(applied: str, run: Run) 
     """Exit code 3, naming the verb and the process that holds it; reading goes on meanwhile."""
     spec("dolphin.toml", DOLPHIN)
     code = "from editctl.store import Store\nwith Store('store').lock('study'): print('held', flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
         for arguments in (("undo",), ("apply", "--yes"), ("apply", "--yes", "--lock-timeout", "1")):

@@ -63,7 +63,13 @@ def test_json_lines_say_what_was_measured(ask: Any, loaded: Any, corpus: Path, t
     found = ask("--layers", "2,1", "--json")
     rows = rows_of(found)
     assert "Measuring which directions knowledge uses" in found.stderr
-    values = {"corpus": str(corpus), "tokens": TOKENS, "base": "", "folder": Path("store/stats"), "emit": silent}
+    values: dict[str, Any] = {
+        "corpus": str(corpus),
+        "tokens": TOKENS,
+        "base": "",
+        "folder": Path("store/stats"),
+        "emit": silent,
+    }
     kept = moments(loaded("llama"), (1, 2), **values)
     assert [row["layer"] for row in rows] == [1, 2]
     for row in rows:
@@ -168,3 +174,159 @@ def test_a_sparkline_has_a_bar_for_each_share() -> None:
     assert sparkline([0.0, 0.124, 0.126, 0.5, 0.874, 0.876, 1.0]) == "▁▁▂▅▇██"
     assert sparkline([-1e-9, 1.0000001]) == "▁█"
     assert sparkline([]) == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`editctl model inspect`, in a workspace of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        found: Result = CliRunner().invoke(model, ["inspect", *arguments], obj=Workspace(store="store", config=None))
+        if found.exception is not None and not isinstance(found.exception, EditctlError):
+            raise found.exception
+        return found
+
+    return run
+
+
+def facts_of(found: Result) -> dict[str, Any]:
+    """The one object of the JSON stream."""
+    (row,) = rows_of(found)
+    assert row.pop("type") == "model"
+    return row
+
+
+def told(found: Result) -> dict[str, str]:
+    """The printed table, by the names on its left."""
+    assert found.exit_code == 0, found.exception
+    rows, last = dict[str, str](), ""
+    for line in found.stdout.splitlines():
+        name, value = line[:16].strip(), line[16:].strip()
+        last = name or last
+        rows[last] = f"{rows[last]} {value}" if last in rows else value
+    return rows
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The configuration of a Llama of 8 billion parameters, and nothing else."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("eight")
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_is_inspected_is_what_is_loaded(look: Any, folders: dict[str, Path], loaded: Any, kind: str) -> None:
+    """Blocks, modules, widths and parameters are those of the loaded model; sizes are those on disk."""
+    from editctl.engine.methods import profile_of
+    from editctl.engine.source import configuration
+
+    facts, whole = facts_of(look(str(folders[kind]), "--json")), loaded(kind)
+    profile = profile_of(configuration(folders[kind]))
+    assert (facts["layers"], facts["why"]) == (list(profile.layers), profile.why)
+    assert facts["modules"] == [whole.blocks[layer].down_name for layer in profile.layers]
+    assert (facts["hidden"], facts["key"]) == tuple(whole.blocks[0].weight.shape)
+    assert facts["blocks"] == len(whole.blocks) and facts["architecture"] == type(whole.net).__name__
+    assert facts["parameters"] == sum(p.numel() for p in whole.net.parameters())
+    assert facts["weights_bytes"] == (folders[kind] / "model.safetensors").stat().st_size
+    assert facts["tied_head"] == (kind == "gpt2")
+    assert facts["cached"] == [] and (facts["method"], facts["edits"]) == ("alphaedit", 2000)
+    assert not Path("store").exists()
+
+
+def test_the_built_in_model_is_inspected_by_default(look: Any) -> None:
+    """As a table: what is edited and why, what it needs, what is measured."""
+    rows = told(look())
+    assert rows == told(look("atlas"))
+    assert rows["model"] == "atlas (LlamaForCausalLM), 5.5 M parameters"
+    assert rows["blocks"] == "7, hidden width 160"
+    assert rows["edited"] == "blocks 1, 2, 3: the blocks whose keys atlas's training shapes"
+    assert rows["modules"] == " ".join(f"model.layers.{i}.mlp.down_proj" for i in (1, 2, 3))
+    assert rows["matrices"] == "160 × 1280 each, keys of width 1280"
+    assert rows["head"] == "tied to the embedding"
+    assert rows["second moments"].endswith("measured: none")
+    assert rows["for 2000 edits"].startswith("projector at most 9.4 MB, history 18.8 MB; on disk ")
+
+
+def test_eight_billion_parameters_are_inspected_from_their_configuration(look: Any, eight: str) -> None:
+    """Alone, without a weight: 2000 edits take at most a third of what dense matrices take. Control: a thousand more,
+    or MEMIT, which needs the whole basis, take more."""
+    facts = facts_of(look(eight, "--json"))
+    assert (facts["blocks"], facts["hidden"], facts["key"]) == (32, 4096, 14336)
+    assert facts["layers"] == [4, 5, 6, 7, 8] and facts["why"] == "published for this model"
+    assert facts["modules"] == [f"model.layers.{i}.mlp.down_proj" for i in facts["layers"]]
+    assert facts["parameters"] == 8_030_261_248 and facts["weights_bytes"] == 0 and not facts["tied_head"]
+    assert facts["held_bytes"] == facts["projector_bytes"] + facts["history_bytes"]
+    assert 100 * facts["held_bytes"] <= 33 * facts["reference_bytes"]
+    for more in (("--edits", "3000"), ("--method", "memit")):
+        other = facts_of(look(eight, "--json", *more))
+        assert 100 * other["held_bytes"] > 33 * other["reference_bytes"]
+    rows = told(look(eight))
+    assert rows["model"].endswith("(LlamaForCausalLM), 8,030.3 M parameters") and rows["head"] == "of its own"
+    assert rows["held in memory"] == "2.45 GB, 32 % of the 7.66 GB that dense P and K_p K_pᵀ take"
+
+
+def test_blocks_that_somebody_set_are_said_to_be(look: Any, eight: str, tmp_path: Path) -> None:
+    """By a flag or the configuration; otherwise the model's own reason is given."""
+    assert facts_of(look(eight, "--json", "--layers", "20,3"))["layers"] == [3, 20]
+    assert told(look(eight, "--layers", "20"))["edited"] == "blocks 20: set by --layers or settings"
+    (tmp_path / "editctl.toml").write_text("[settings]\nlayers = [9, 10]\n")
+    facts = facts_of(look(eight, "--json"))
+    assert (facts["layers"], facts["why"]) == ([9, 10], "set by --layers or settings")
+    (tmp_path / "editctl.toml").write_text('method = "rome"\n')
+    facts = facts_of(look(eight, "--json"))
+    assert (facts["layers"], facts["why"]) == ([5], "published for this model")
+
+
+def test_what_was_measured_is_listed(look: Any, ask: Any, folders: dict[str, Path]) -> None:
+    """Block and tokens, once `model statistics` has been there; not for another model of the same store."""
+    ask("--layers", "2,1")
+    found = facts_of(look(str(folders["llama"]), "--json"))["cached"]
+    assert [(one["layer"], one["seen"]) for one in found] == [(1, TOKENS), (2, TOKENS)]
+    assert all(len(one["corpus"]) == 16 for one in found)
+    rows = told(look(str(folders["llama"])))
+    assert rows["second moments"].endswith(f"measured: block 1 ({TOKENS} tokens), block 2 ({TOKENS} tokens)")
+    assert facts_of(look(str(folders["gpt2"]), "--json"))["cached"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "hint"),
+    [
+        (("mixture",), "mixture of experts", "hint: mixtures of experts are not supported"),
+        (("empty",), "empty is not a model folder", "hint: "),
+        (("atlas", "--layers", "7"), "are not all among the model's blocks 0 to 6", ""),
+        (("atlas", "--method", "rmoe"), "unknown method rmoe", "hint: did you mean rome?"),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused_with_a_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+    hint: str,
+) -> None:
+    """Of a few lines, and no traceback."""
+    from builds import REFUSED
+
+    from editctl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    REFUSED["Mixtral"][0].config().save_pretrained("mixture")
+    arguments = (f"./{arguments[0]}", *arguments[1:]) if arguments[0] != "atlas" else arguments
+    monkeypatch.setattr(sys, "argv", ["editctl", "model", "inspect", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code in (1, 2) and out == ""
+    assert said in err and hint in err and "Traceback" not in err
+    assert len(err.splitlines()) <= 4

@@ -348,25 +348,26 @@ def test_nothing_is_left_in_the_model(model: Model, way: str, fails: bool) -> No
         modules = list(model.net.modules())
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules)
 
-    assert reached() == 0
-    wanted = whole(model, [3, 4, 5], 0)
+    # transformers leaves hooks of its own once it was asked for hidden states.
+    before, wanted = reached(), whole(model, [3, 4, 5], 0)
     try:
         with ways(model)[way]:
-            assert reached() == {"resuming": 2, "taps": 20, "head_at": 1}[way]
+            assert reached() - before == {"resuming": 2, "taps": 20, "head_at": 1}[way]
             if fails:
                 raise ZeroDivisionError
     except ZeroDivisionError:
         assert fails
-    assert reached() == 0
+    assert reached() == before
     assert torch.equal(whole(model, [3, 4, 5], 0), wanted)
 
 
 def test_a_place_that_is_not_found_leaves_no_taps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were asked for beside it are not hung either."""
     monkeypatch.setattr(Model, "attention_of", lambda *_: None)
+    before = [len(module._forward_hooks) for module in model.net.modules()]
     with (
         pytest.raises(Exception, match="attention writes in block 1"),
         taps(model, {(0, "output"): print, (1, "attention"): print}),
     ):
         pytest.fail("must not be entered")
-    assert not any(module._forward_hooks for module in model.net.modules())
+    assert [len(module._forward_hooks) for module in model.net.modules()] == before

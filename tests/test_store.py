@@ -500,7 +500,11 @@ def test_a_commit_for_another_head_is_refused_as_stale(store: Store) -> None:
 @pytest.mark.parametrize("where", ["deltas", "edits"])
 def test_a_commit_that_names_a_missing_factor_file_is_refused(store: Store, where: str) -> None:
     """And is accepted once the file is there."""
-    changes = {"deltas": {"deltas": ("d1",)}, "edits": {"edits": (LiveEdit(an_edit(), "d1", 0),)}}[where]
+    both: dict[str, dict[str, Any]] = {
+        "deltas": {"deltas": ("d1",)},
+        "edits": {"edits": (LiveEdit(an_edit(), "d1", 0),)},
+    }
+    changes = both[where]
 
     with pytest.raises(StoreError, match=r"d1\.safetensors is missing") as caught:
         commit(store, **changes)

@@ -405,9 +405,9 @@ PROFILES: dict[tuple[str, int, int], Profile] = {
 
 def profile_of(config: Mapping[str, Any]) -> Profile:
     """The profile of a model by its config.json; unknown models get blocks at the usual relative depth."""
-    blocks = block_count(config)
-    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    known = PROFILES.get((str(config.get("model_type", "")), blocks, width))
+    blocks, flat = block_count(config), _decoder(config)
+    width = int(flat.get("hidden_size") or flat.get("n_embd") or 0)
+    known = PROFILES.get((str(flat.get("model_type", "")), blocks, width))
     if known is not None:
         return known
     first = max(0, min(round(blocks * 0.125), blocks - 2))
@@ -415,9 +415,17 @@ def profile_of(config: Mapping[str, Any]) -> Profile:
     return Profile(tuple(range(first, last + 1)), "an eighth to a quarter of the depth, as in published models")
 
 
+def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the text decoder: config.json itself, or its part for text in a model that also sees."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
 def block_count(config: Mapping[str, Any]) -> int:
     """Number of decoder blocks by config.json, 0 if it does not say."""
-    return int(next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if config.get(key)), 0))
+    flat = _decoder(config)
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return int(next((flat[name] for name in names if flat.get(name)), 0))
 
 
 def _layers(rule: str, profile: Profile, blocks: int) -> tuple[int, ...]:

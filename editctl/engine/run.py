@@ -627,7 +627,9 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, *, comman
                 else:
                     editor.resolving = True
                     tell(Note(f"{count(len(lives), 'edit')} sought anew: {REPLAY}"))
-                    editor.edit([fact for fact, _ in facts], Settings.from_params(delta.params), 0)
+                    # The contexts of this run are those of its seed.
+                    same = replace(Settings.from_params(delta.params), seed=settings.seed)
+                    editor.edit([fact for fact, _ in facts], same, 0)
                 filed([live.edit for live in lives])
             else:
                 editor.resolving = True

@@ -86,13 +86,16 @@ class Kernel:
         """Held only for rows of the table that need C again."""
         self._half = self._spectral(moment) if ridge.lambda_ else None
         """F = half · halfᵀ, d_k × rank; None when F = P / ρ."""
-        self._low = torch.zeros(len(moment.eigenvalues), 0, dtype=self._dtype, device=device)
+        self._low = self._no_columns()
         """L, d_k × (columns so far): S = F − L Lᵀ."""
         self._dense: Tensor | None = None
         """S itself, once that is smaller."""
         self._refresh, self._old = write.refresh, 0
         self._keys: list[Tensor] = []
         """Keys of earlier edits, d_k × n each, kept only for rows of the table that need them again."""
+
+    def _no_columns(self) -> Tensor:
+        return torch.zeros(len(self._weights), 0, dtype=self._dtype, device=self._device)
 
     def _spectral(self, moment: Moment) -> Tensor:
         rank = len(self._weights) if self.projector is None else self.projector.rank
@@ -149,7 +152,7 @@ class Kernel:
             if 2 * self._low.shape[1] <= self._low.shape[0]:
                 return
             everything = torch.eye(self._low.shape[0], dtype=self._dtype, device=self._device)
-            self._dense, grown, self._low = self._filter(everything), self._low, self._low[:, :0]
+            self._dense, grown, self._low = self._filter(everything), self._low, self._no_columns()
         self._dense -= grown @ grown.T
 
     def solve(
@@ -219,7 +222,7 @@ class Kernel:
         free = vectors[:, : self.projector.rank]
         weights, turn = torch.linalg.eigh(free.T @ second @ free)
         self._half = (free @ (turn * (weights.clamp_min(0) + self._l2).rsqrt())).to(self._device, self._dtype)
-        self._low, self._dense, self._keys = self._low[:, :0], None, []
+        self._low, self._dense, self._keys = self._no_columns(), None, []
         tall = self._spread(earlier)
         self._remember(earlier, tall, self._factorised(earlier, tall))
 
