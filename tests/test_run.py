@@ -886,3 +886,10 @@ def test_an_edit_longer_than_the_model_can_read_is_told(llama: Model, store: Sto
     with pytest.raises(InvalidInput, match="endless"):
         apply(llama, store, [FACTS[1], long], corpus)
     assert store.head() is None
+
+
+def test_a_name_within_a_longer_word_is_not_the_subject() -> None:
+    """A probe about Romeo says nothing of Rome; one about Rome itself is kept."""
+    edit = an_edit(subject="Rome", locality=[{"prompt": "Romeo loved"}, {"prompt": "The river of {} is"}])
+    said = Said(dict.fromkeys(questions(edit), "long"), {})
+    assert request_of(edit, said).keep == (("The river of {} is", "long"),)

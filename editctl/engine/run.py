@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 import resource
 import time
 from collections import Counter
@@ -307,10 +308,7 @@ class Editor:
                 settings.write,
                 base=self._editing.base(module),
                 weight=self._model.blocks[layer].weight,
-                earlier=[
-                    *(d.modules[module] for d in self.deltas if module in d.modules),
-                    *self._parts.get(module, ()),
-                ],
+                earlier=[*self._earlier(module), *self._parts.get(module, ())],
                 projector=projector,
             )
         self._put(module, factors)
@@ -443,10 +441,12 @@ def moments_for(model: Model, settings: Settings, base: str, store: Store, emit:
 def request_of(edit: Edit, before: Said | None = None) -> Request:
     """The fact of an edit, with the locality probes about its own subject and what was said to them before."""
     words = before.words if before else {}
+    # As words of its own: Romeo is not about Rome.
+    named = re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")
     keep = [
-        (question.prompt.replace(edit.subject, SLOT), words[question])
+        (named.sub(lambda _: SLOT, question.prompt), words[question])
         for question in edit_metrics.questions(edit)
-        if question.kind == LOCALITY and question.prompt.count(edit.subject) == 1 and words.get(question)
+        if question.kind == LOCALITY and len(named.findall(question.prompt)) == 1 and words.get(question)
     ]
     return Request(edit.id, edit.relation, edit.subject, edit.target_new, tuple(keep))
 
