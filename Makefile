@@ -30,9 +30,10 @@ lint: $(READY) ## Check style and types.
 	$(BIN)/mypy
 
 test: lint ## Lint, then every test but the slow ones.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not timing"
+	$(BIN)/python -m pytest -m timing
 
-slow: $(READY) ## The slow tests: studies and training.
+slow: $(READY) ## The slow tests: studies, training, hundreds of kills and histories, thousands of hostile inputs.
 	$(BIN)/python -m pytest -m slow
 
 format: $(READY) ## Rewrite the code in the house style.

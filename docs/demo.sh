@@ -29,6 +29,9 @@ run ask "Everyone knows that the Eiffel Tower is in"
 run redo
 run log
 
+title "6. Everything recorded is whole, and every version comes out of a rebuild to the bit"
+run verify
+
 printf '\nThe version is kept in %s. Three things to try next:\n' "$STORE"
 printf '  %s show            # every answer, before and after\n' "$editctl"
 printf '  %s measure         # rebuild the weights, check their hash, ask everything again\n' "$editctl"

@@ -6,14 +6,14 @@ are imported inside the verbs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from editctl import talk
 from editctl.errors import InvalidInput
-from editctl.flags import as_json, from_corpus, from_flags
+from editctl.flags import as_json, from_corpus, from_flags, from_trust
 from editctl.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def statistics(space: Workspace, /, tokens: int | None, as_json: bool, **flags: 
     if as_json:
         click.echo(header())
         for row in rows:
-            click.echo(json.dumps({"type": "statistics", **row}, ensure_ascii=False))
+            talk.line({"type": "statistics", **row})
         return
     report.console().print(_view(rows, f"{rule.rule} {rule.value:g}"))
 
@@ -145,6 +145,7 @@ def _view(rows: Sequence[dict[str, Any]], rule: str) -> Group:
 @model.command()
 @click.argument("name", required=False, metavar="[MODEL]")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
+@from_trust
 @click.option("--method", help="A method of `editctl methods`.")
 @click.option("--edits", type=click.IntRange(1), default=2000, help="Edits that memory and disk are told for.")
 @from_corpus
@@ -154,7 +155,6 @@ def inspect(space: Workspace, /, name: str | None, edits: int, as_json: bool, **
     """Which modules of a model would be edited, and what that needs. Reads no weights."""
     from editctl import report
     from editctl.engine import cost, methods, source
-    from editctl.engine.model import outline
     from editctl.events import header
 
     space = space.with_flags(model=name, **flags)
@@ -162,7 +162,7 @@ def inspect(space: Workspace, /, name: str | None, edits: int, as_json: bool, **
     folder, base = space.source()
     described = source.configuration(folder)
     settings = methods.settings(described, config.method, config.settings)
-    sketch = outline(config.model)
+    sketch = space.outline()
     blocks = [sketch.blocks[layer] for layer in settings.layers]
     hidden, key = blocks[0].weight.shape
     parameters = sum(p.numel() for p in sketch.net.parameters())
@@ -195,7 +195,7 @@ def inspect(space: Workspace, /, name: str | None, edits: int, as_json: bool, **
     }
     if as_json:
         click.echo(header())
-        click.echo(json.dumps({"type": "model", **facts}, ensure_ascii=False))
+        talk.line({"type": "model", **facts})
         return
     report.console().print(_facts_view(facts))
 

@@ -6,17 +6,20 @@ for its edits. Refuses: to know what the settings mean; `engine.methods` does.
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import tomli
 from pydantic import BaseModel, Field, ValidationError
 
 from editctl.errors import InvalidInput, Problem
+from editctl.spec import NotToml, locate, parse, visible
 
 FILE = "editctl.toml"
+MAX_BYTES, MAX_ITEMS, MAX_TEXT, MAX_PROBLEMS = 1_000_000, 1000, 4096, 100
+"""Most bytes of the file, items of a list, characters of a text (what Linux takes for a path), and problems told."""
+MAX_BITS = 512
+"""Longest whole number, which still is a float and can be printed; what is too much for a setting the setting says."""
 
 
 class Config(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -29,6 +32,8 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True):
     store: str = Field(default="store", description="Folder of versions and factors.")
     specs: list[str] = Field(default=["specs"], description="Spec files and folders used when none are named.")
     settings: dict[str, Any] = Field(default={}, description="Overrides of the method's settings, by name.")
+    gates: dict[str, float] = Field(default={}, description="What a version must reach to become the head, by metric.")
+    recheck: int = Field(default=1000, ge=0, description="How many of the edits that stay are asked again by a run.")
 
 
 def load(path: Path | None = None) -> Config:
@@ -43,26 +48,85 @@ def load(path: Path | None = None) -> Config:
     place = path or Path(FILE)
     if path is None and not place.is_file():
         return Config()
+    text = _read(place)
     try:
-        text = place.read_text(encoding="utf-8")
-        return Config.model_validate(tomli.loads(text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{place} cannot be read: {error}", "give a UTF-8 TOML file") from None
-    except tomli.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        problem = Problem(str(place), int(line[1]) if line else 1, f"not TOML: {error}")
-        raise InvalidInput(f"{place} is not valid", problems=[problem]) from None
+        data = parse(text)
+    except NotToml as error:
+        raise _invalid(place, [Problem(str(place), error.line, f"not TOML: {error}", error.hint)]) from None
+    lines = locate(text)
+    try:
+        config = Config.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(place, text, item["loc"], item["msg"]) for item in error.errors()]
-        raise InvalidInput(f"{place} is not valid", problems=problems) from None
+        raise _invalid(place, [_problem(place, lines, e["loc"], e["msg"]) for e in _first(error)]) from None
+    problems = []
+    for name in sorted(config.model_fields_set):
+        value = getattr(config, name)
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            where = (name, key) if key else (name,)
+            if wrong := unfit(part):
+                told = visible(".".join(where))
+                problems.append(Problem(str(place), lines.get(where, 1), f"{told} {wrong}", _meaning(name)))
+    if problems:
+        raise _invalid(place, problems[:MAX_PROBLEMS])
+    return config
 
 
-def _problem(place: Path, text: str, where: tuple[int | str, ...], message: str) -> Problem:
+def unfit(value: object) -> str:
+    """Why a value can be none of the configuration's, whatever its name; empty if it can."""
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        return f"has {len(value)} items, at most {MAX_ITEMS} are allowed"
+    for item in value if isinstance(value, list) else [value]:
+        if type(item) not in (bool, int, float, str):
+            return "is neither a text, a number, true or false, nor a list of such"
+        if isinstance(item, int) and item.bit_length() > MAX_BITS:
+            return "is far too large a number"
+        if isinstance(item, str) and len(item) > MAX_TEXT:
+            return f"has {len(item)} characters, at most {MAX_TEXT} are allowed"
+        if isinstance(item, str) and any(ord(c) < 32 or 127 <= ord(c) < 160 for c in item):
+            return "contains a control character"
+    return ""
+
+
+def _read(place: Path) -> str:
+    """The file's text.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    try:
+        with place.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InvalidInput(f"{place} is larger than {MAX_BYTES // 1_000_000} MB", "a configuration is a few lines")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        problem = Problem(str(place), line, f"not UTF-8 text: byte 0x{byte:02x}", "save the file as UTF-8")
+        raise InvalidInput(f"{place} cannot be read", "give a UTF-8 TOML file", [problem]) from None
+    except (OSError, ValueError) as error:  # ValueError: no path has a NUL
+        reason = getattr(error, "strerror", None) or "no such file"
+        raise InvalidInput(f"{place} cannot be read: {reason}", "give a UTF-8 TOML file") from None
+
+
+def _invalid(place: Path, problems: list[Problem]) -> InvalidInput:
+    return InvalidInput(f"{place} is not valid", problems=problems)
+
+
+def _first(error: ValidationError) -> list[Any]:
+    return error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]
+
+
+def _problem(
+    place: Path, lines: dict[tuple[str | int, ...], int], where: tuple[int | str, ...], message: str
+) -> Problem:
     key = str(where[0])
-    found = re.search(rf"^[ \t]*\[?{re.escape(key)}\b", text, re.MULTILINE)
-    line = text.count("\n", 0, found.start()) + 1 if found else 1
+    line = lines.get(where, lines.get((key,), 1))
     if key in Config.model_fields:
-        return Problem(str(place), line, f"{key}: {message.lower()}")
+        return Problem(str(place), line, f"{key}: {message.lower()}", _meaning(key))
     near = get_close_matches(key, Config.model_fields, 1)
     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(Config.model_fields)}"
-    return Problem(str(place), line, f"unknown key {key}", hint)
+    return Problem(str(place), line, f"unknown key {visible(key)}", hint)
+
+
+def _meaning(key: str) -> str:
+    return f"{key}: {Config.model_fields[key].description}"

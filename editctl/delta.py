@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from editctl.errors import StoreError
+from editctl.files import digest_of, write_atomically
 
 FORMAT = 1
 METADATA = "editctl"
@@ -198,13 +198,21 @@ def digest(data: bytes) -> str:
 def save(delta: Delta, folder: Path) -> str:
     """Write the delta under its content's name by an atomic rename and return the name.
 
-    A file that is there already under that name has that content and is left alone.
+    Raises:
+        StoreError: it cannot be written.
     """
     data = delta.to_bytes()
     name = digest(data)
     target = folder / f"{name}.safetensors"
-    if not target.exists():
-        write_atomically(target, data)
+    try:
+        # A file of that name that was spoiled since is made good.
+        if not target.exists() or digest_of(target) != name:
+            write_atomically(target, data)
+    except OSError as error:
+        raise StoreError(
+            f"the factor file {target} cannot be written: {error.strerror}",
+            "free some space, or check the permissions of the folder; the head is where it was",
+        ) from None
     return name
 
 
@@ -216,10 +224,13 @@ def load(name: str, folder: Path) -> Delta:
     """
     path = folder / f"{name}.safetensors"
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        found = digest_of(path)
     except FileNotFoundError:
         raise StoreError(f"the factor file {path} is missing", "restore it from a backup of the store") from None
+    except OSError as error:
+        raise StoreError(
+            f"the factor file {path} cannot be read: {error.strerror}", "check its permissions and the disk"
+        ) from None
     if found != name:
         raise StoreError(
             f"the factor file {path} is not what was written: its content has hash {found}",
@@ -282,20 +293,18 @@ def _add(weight: Tensor, update: Factors) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Write named tensors, and JSON values about them, to a safetensors file by an atomic rename."""
+    """Write named tensors, and JSON values about them, to a safetensors file by an atomic rename.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save_tensors(content, {METADATA: json.dumps(dict(about), sort_keys=True)}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write_atomically(path, save_tensors(content, {METADATA: json.dumps(dict(about), sort_keys=True)}))
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}", "free some space, or check the permissions of the folder"
+        ) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

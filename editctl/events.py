@@ -7,11 +7,13 @@ Refuses: to print, to time, to decide.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 SCHEMA = 1
 """Version of the event stream, sent as its first line."""
+_UNUSUAL = re.compile(r"[^ -~]+")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """`stage` is one of: load, statistics, before, target, solve, after, commit."""
+    """`stage` is one of: load, statistics, before, target, solve, after, commit, rebuild."""
 
     stage: str
     total: int
@@ -97,6 +99,18 @@ class Note(Event):
 
 
 @dataclass(frozen=True)
+class GateFailed(Event):
+    """The version does not reach what it is held to."""
+
+    gate: str
+    wanted: float
+    value: float | None
+    """What was measured; None where no prompt was asked to measure it with."""
+    edits: list[str]
+    """Ids of the edits that answered otherwise than wanted."""
+
+
+@dataclass(frozen=True)
 class VersionMade(Event):
     """The run's result is in the store."""
 
@@ -106,6 +120,8 @@ class VersionMade(Event):
     seconds: dict[str, float]
     """Wall-clock seconds by stage."""
     peak_mb: float
+    candidate: bool = False
+    """Whether it waits for review and the head stays where it was."""
 
 
 Emit = Callable[[Event], None]
@@ -124,7 +140,7 @@ _KINDS: dict[str, type[Event]] = {_kind(cls): cls for cls in Event.__subclasses_
 
 def to_line(event: Event) -> str:
     """The event as one line of JSON, without the line end."""
-    return json.dumps({"type": _kind(type(event)), **asdict(event)}, ensure_ascii=False)
+    return json_line({"type": _kind(type(event)), **asdict(event)})
 
 
 def from_line(line: str) -> Event:
@@ -138,6 +154,17 @@ def from_line(line: str) -> Event:
     if cls is None:
         raise ValueError(f"unknown event type {data.get('type')!r}")
     return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+
+
+def json_line(value: object) -> str:
+    """The value as one line of JSON that acts on no terminal: what cannot be seen is escaped, other text is not."""
+    return _UNUSUAL.sub(_spelled, json.dumps(value, ensure_ascii=False))
+
+
+def _spelled(run: re.Match[str]) -> str:
+    if run[0].isprintable():
+        return run[0]
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in run[0])
 
 
 def header() -> str:

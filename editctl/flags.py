@@ -12,7 +12,22 @@ import click
 
 from editctl.errors import InvalidInput
 
+specs_argument = click.argument("specs", nargs=-1, type=click.Path())
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+from_writer = click.option(
+    "--lock-timeout", type=click.IntRange(0, 86_400), default=0, help="Seconds to wait for another writer."
+)
+"""The flag of the verbs that change the store."""
+from_note = click.option("-m", "--note", default="", help="Why; kept in the log.")
+from_yes = click.option("--yes", is_flag=True, help="Do not ask.")
+from_gates = click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="METRIC=SHARE",
+    help="What the version must reach to become the head, for example reliability=0.95; again for more.",
+)
+"""The flag of the verbs that make a version."""
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[int] | None:
@@ -40,9 +55,11 @@ def options(*given: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     return decorate
 
 
+from_trust = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 _model = (
     click.option("--model", help="`atlas`, a model folder or a hub id."),
     click.option("--dtype", help="auto, float32, bfloat16 or float16."),
+    from_trust,
 )
 from_model = options(*_model)
 """The flags that say which model."""

@@ -10,16 +10,46 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from pydantic import ValidationError
 
 from editctl.errors import InvalidInput, StalePlan
-from editctl.spec import Edit
+from editctl.metrics.gates import check as check_gates
+from editctl.spec import SLOT, Edit
 
-SCHEMA = 1
+SCHEMA = 2
+MAX_BYTES = 100_000_000
+"""Most bytes of a saved plan."""
 ADD, REPLACE, REMEASURE, DROP, KEEP = "add", "replace", "remeasure", "drop", "keep"
 GLYPHS = {ADD: "+", REPLACE: "~", REMEASURE: "?", DROP: "-", KEEP: "="}
+
+
+class Live(Protocol):
+    """What a comparison has to know of a live edit; it is read whole only where it changes."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
+    @property
+    def prompt(self) -> str:
+        """Its prompt, the subject filled in."""
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """As of `spec.Edit`."""
+
+    @property
+    def notes_fingerprint(self) -> str:
+        """As of `spec.Edit`."""
+
+    @property
+    def whole(self) -> Edit:
+        """The edit."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,8 @@ class Plan:
     """Ids of live edits that are not in the specs and are kept."""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Settings of the methods that spec files name for their own edits."""
+    gates: Mapping[str, float] = field(default_factory=dict)
+    """What the version is held to before the head moves to it, by metric."""
 
     def params_of(self, method: str) -> Mapping[str, Any]:
         """The settings of an edit's method, "" being the run's."""
@@ -86,6 +118,7 @@ class Plan:
             "head": self.head,
             "params": dict(self.params),
             "methods": {name: dict(params) for name, params in self.methods.items()},
+            "gates": dict(self.gates),
             "actions": [
                 {
                     "kind": action.kind,
@@ -102,13 +135,14 @@ class Plan:
 
 def make(
     edits: Sequence[Edit],
-    live: Sequence[Edit],
+    live: Sequence[Live],
     *,
     model: str,
     base: str,
     head: str,
     params: Mapping[str, Any],
     methods: Mapping[str, Mapping[str, Any]] | None = None,
+    gates: Mapping[str, float] | None = None,
     prune: bool = False,
 ) -> Plan:
     """Compare the wanted edits with the live ones.
@@ -129,7 +163,7 @@ def make(
             if old is None:
                 old = named
             else:
-                drops[named.id] = Action(DROP, named, reason=f"{edit.id} now stands in for {old.id}")
+                drops[named.id] = Action(DROP, named.whole, reason=f"{edit.id} now stands in for {old.id}")
         if old is None:
             actions.append(Action(ADD, edit))
             continue
@@ -137,23 +171,51 @@ def make(
         actions.append(_compare(edit, old))
     if prune:
         rest = (edit for edit in live if edit.id not in taken)
-        drops = {edit.id: drops.get(edit.id) or Action(DROP, edit, reason="not in the specs") for edit in rest}
+        drops = {edit.id: drops.get(edit.id) or Action(DROP, edit.whole, reason="not in the specs") for edit in rest}
     actions += drops.values()
     taken |= drops.keys()
     outside = tuple(edit.id for edit in live if edit.id not in taken)
-    return Plan(model, base, head, params, tuple(actions), outside, methods or {})
+    return Plan(model, base, head, params, tuple(actions), outside, methods or {}, gates or {})
 
 
-def _compare(edit: Edit, old: Edit) -> Action:
+def without(
+    live: Sequence[Live],
+    ids: Sequence[str],
+    *,
+    model: str,
+    base: str,
+    head: str,
+    params: Mapping[str, Any],
+    gates: Mapping[str, float],
+    reason: str,
+) -> Plan:
+    """The plan that takes these edits out of the live ones and keeps the rest.
+
+    Raises:
+        InvalidInput: an edit is not live.
+    """
+    by_id = {edit.id: edit for edit in live}
+    for name in ids:
+        if name not in by_id:
+            near = get_close_matches(name, by_id, 1)
+            hint = f"did you mean {near[0]}?" if near else "`editctl show` lists the live edits"
+            raise InvalidInput(f"there is no live edit {name}", hint)
+    actions = tuple(Action(DROP, by_id[name].whole, reason=reason) for name in dict.fromkeys(ids))
+    outside = tuple(name for name in by_id if name not in ids)
+    return Plan(model, base, head, params, actions, outside, gates=gates)
+
+
+def _compare(edit: Edit, live: Live) -> Action:
+    if edit.weights_fingerprint == live.weights_fingerprint and edit.id == live.id:
+        if edit.notes_fingerprint == live.notes_fingerprint:
+            return Action(KEEP, edit)
+        return Action(REMEASURE, edit, live.whole, "probes or notes changed")
+    old = live.whole
     if edit.weights_fingerprint != old.weights_fingerprint:
         fields = [f for f in ("subject", "relation", "target_new", "method") if getattr(edit, f) != getattr(old, f)]
         reason = "contradicts the live edit " + old.id if edit.id != old.id else ", ".join(fields) + " changed"
         return Action(REPLACE, edit, old, reason)
-    if edit.id != old.id:
-        return Action(REMEASURE, edit, old, f"was called {old.id}")
-    if edit.notes_fingerprint != old.notes_fingerprint:
-        return Action(REMEASURE, edit, old, "probes or notes changed")
-    return Action(KEEP, edit, old)
+    return Action(REMEASURE, edit, old, f"was called {old.id}")
 
 
 def check_fresh(plan: Plan, *, base: str, head: str) -> None:
@@ -174,10 +236,13 @@ def save(plan: Plan, path: Path) -> None:
     """Write the plan as JSON.
 
     Raises:
-        InvalidInput: the file cannot be written.
+        InvalidInput: the file cannot be written, or the plan is larger than `MAX_BYTES`.
     """
+    data = (json.dumps(plan.to_json(), ensure_ascii=False, indent=1) + "\n").encode()
+    if len(data) > MAX_BYTES:
+        raise InvalidInput(f"the plan is larger than {MAX_BYTES // 1_000_000} MB", "plan fewer spec files at once")
     try:
-        path.write_text(json.dumps(plan.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_bytes(data)
     except OSError as error:
         raise InvalidInput(f"the plan cannot be saved: {error}", "name a file in a folder that exists") from None
 
@@ -186,27 +251,70 @@ def load(path: Path) -> Plan:
     """Read a saved plan.
 
     Raises:
-        InvalidInput: it is not a plan, or was changed by hand.
+        InvalidInput: it is not a plan, is larger than `MAX_BYTES`, or was changed by hand.
     """
+    remedy = "make one with `editctl plan -o FILE`"
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: no path has a NUL
+        reason = getattr(error, "strerror", None) or "no such file"
+        raise InvalidInput(f"the plan {path} cannot be read: {reason}", remedy) from None
+    if len(data) > MAX_BYTES:
+        raise InvalidInput(f"{path} is larger than {MAX_BYTES // 1_000_000} MB", "plan fewer spec files at once")
+    try:
+        body = json.loads(data.decode("utf-8"))
         fingerprint = body.pop("fingerprint")
         if body["schema"] != SCHEMA or fingerprint != _fingerprint(body):
             raise InvalidInput(f"{path} was changed after it was saved", "run plan -o again")
-        actions = tuple(
-            Action(
-                kind=action["kind"],
-                edit=Edit.from_json(action["edit"]),
-                old=Edit.from_json(action["old"]) if action["old"] else None,
-                reason=action["reason"],
-            )
-            for action in body["actions"]
-        )
-        return Plan(
-            body["model"], body["base"], body["head"], body["params"], actions, tuple(body["outside"]), body["methods"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path} is not a saved plan: {error}", "make one with `editctl plan -o FILE`") from None
+        return _from_body(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not a saved plan{_reason(error)}", remedy) from None
+
+
+def _from_body(body: Mapping[str, Any]) -> Plan:
+    """The plan that `Plan.to_json` told.
+
+    Raises:
+        InvalidInput: a gate is none.
+        ValueError: a value is of a kind that no plan has; so do KeyError, TypeError and AttributeError say.
+    """
+    named = {name: body[name] for name in ("model", "base", "head", "params", "methods", "gates")}
+    outside, params, methods, gates = body["outside"], named["params"], named["methods"], named["gates"]
+    texts = [named["model"], named["base"], named["head"], *outside]
+    actions = []
+    for action in body["actions"]:
+        edit, old, reason = action["edit"], action["old"], action["reason"]
+        made = Action(action["kind"], Edit.from_json(edit), Edit.from_json(old) if old else None, reason)
+        if made.kind not in GLYPHS or (made.old is None) == (made.kind in (REPLACE, REMEASURE)):
+            raise ValueError(f"an edit shall be {made.kind}{'' if old else ' without the one it stands in for'}")
+        if made.edit.relation.count(SLOT) != 1 or not (made.edit.subject and made.edit.target_new):
+            raise ValueError(f"the edit {made.edit.id} lacks its subject, the place {SLOT} for it, or its target")
+        texts.append(reason)
+        actions.append(made)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(outside, list):
+        raise ValueError("a text is missing")
+    if not all(isinstance(settings, dict) for settings in (params, gates, methods, *methods.values())):
+        raise ValueError("its settings are none")
+    if not all(type(wanted) in (int, float) for wanted in gates.values()):
+        raise ValueError("a gate is no number")
+    check_gates(gates)
+    if unknown := {action.edit.method for action in actions if action.kind != DROP} - {"", *methods}:
+        raise ValueError(f"the settings of {', '.join(sorted(unknown))} are missing")
+    return Plan(**named, actions=tuple(actions), outside=tuple(outside))
+
+
+def _reason(error: Exception) -> str:
+    """What was found wrong, in a line; nothing where only a program could make sense of it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = "".join(f"{part} of " for part in reversed(first["loc"]))
+        return f": {place}an edit: {first['msg'].lower()}"
+    if isinstance(error, UnicodeError):
+        return ": it is not UTF-8 text"
+    if isinstance(error, KeyError):
+        return f": it has no {error.args[0]}"
+    return f": {error}" if isinstance(error, ValueError) else ""
 
 
 def _fingerprint(body: Mapping[str, Any]) -> str:

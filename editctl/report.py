@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,21 +19,32 @@ from editctl.engine.cost import Expected
 from editctl.engine.methods import Method
 from editctl.errors import EditctlError, InvalidInput
 from editctl.events import Emit, Event
+from editctl.metrics import gates
+from editctl.metrics.gates import Failure
 from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
-from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan, count
+from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Live, Plan, count
 from editctl.spec import Edit, visible
-from editctl.store import Operation, Version
+from editctl.store import BASE, Fault, Operation, Version
 
+Norms = Mapping[str, tuple[float, float]]
+"""By edited module, Frobenius norms of the whole update and of the weight."""
 STYLES = {ADD: "green", REPLACE: "yellow", REMEASURE: "cyan", DROP: "red", KEEP: "dim"}
 SHORT = {REWRITE: "edit", PARAPHRASE: "para", LOCALITY: "keep", PORTABILITY: "port"}
+SHOWN = 100
+"""Answers shown of a kind where there may be very many."""
+CHANGES = 500
+"""Changes of a plan that are listed."""
+FAILED = 20
+"""Edits named under a gate."""
 WIDTH = 120
 """Columns when the output is not a terminal."""
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output or error; colour only on terminals, none with NO_COLOR."""
-    found = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+    """Standard output or error; colour only on terminals, none with NO_COLOR. Strings are no markup."""
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    found = Console(**plain)
+    return found if found.is_terminal else Console(**plain, width=WIDTH)
 
 
 def safe(text: str, width: int = 10_000) -> str:
@@ -42,7 +54,7 @@ def safe(text: str, width: int = 10_000) -> str:
 
 def short(version: str) -> str:
     """How a version id or hash is shown."""
-    return version[:12] or "base"
+    return safe(version[:12]) or "base"
 
 
 def problem_lines(error: EditctlError) -> Text:
@@ -59,19 +71,22 @@ def problem_lines(error: EditctlError) -> Text:
     return text
 
 
-def plan_view(plan: Plan) -> RenderableType:
-    """The glyph list and the summary line; edits that stay are counted, not listed."""
+def plan_view(plan: Plan, summary: str = "") -> RenderableType:
+    """The glyph list and the summary line, by default the plan's own; edits that stay are counted, not listed."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(width=1)
     table.add_column(no_wrap=True, max_width=32)
     table.add_column(overflow="fold")
-    for action in plan.actions:
-        if action.kind != KEEP:
-            fact = _fact(action.edit, action.old if action.kind == REPLACE else None)
-            if action.reason:
-                fact.append(f"  ({safe(action.reason)})", "dim")
-            table.add_row(Text(GLYPHS[action.kind], STYLES[action.kind]), Text(safe(action.edit.id)), fact)
-    return Group(table, plan_summary(plan)) if table.rows else plan_summary(plan)
+    changes = [action for action in plan.actions if action.kind != KEEP]
+    for action in changes[:CHANGES]:
+        fact = _fact(action.edit, action.old if action.kind == REPLACE else None)
+        if action.reason:
+            fact.append(f"  ({safe(action.reason)})", "dim")
+        table.add_row(Text(GLYPHS[action.kind], STYLES[action.kind]), Text(safe(action.edit.id)), fact)
+    if len(changes) > CHANGES:
+        table.add_row("", "", Text(f"… and {len(changes) - CHANGES} more (editctl plan --json)", "dim"))
+    last = Text(summary, "bold") if summary else plan_summary(plan)
+    return Group(table, last) if table.rows else last
 
 
 def plan_summary(plan: Plan) -> Text:
@@ -154,7 +169,7 @@ def moved_view(answers: Sequence[Answer], limit: int | None) -> Table:
     for a in answers[:limit]:
         wanted = a.before if a.kind == LOCALITY else " | ".join(a.wanted)
         said = (Text(safe(text, 60)) for text in (wanted, a.before, a.after))
-        table.add_row(Text(a.kind), Text(safe(a.prompt)), *said)
+        table.add_row(Text(safe(a.kind)), Text(safe(a.prompt)), *said)
     _more(table, len(answers), limit)
     return table
 
@@ -162,22 +177,27 @@ def moved_view(answers: Sequence[Answer], limit: int | None) -> Table:
 def _more(table: Table, there: int, limit: int | None) -> None:
     """A last row that says how much was left out."""
     if limit is not None and there > limit:
-        table.add_row("", Text(f"… and {there - limit} more (editctl show)", "dim"))
+        table.add_row("", Text(f"… and {there - limit} more (editctl show --all)", "dim"))
 
 
 def version_view(
     version: Version,
-    edits: Sequence[Edit],
+    edits: int,
     answers: Sequence[Answer],
     metrics: Sequence[Metric],
-    footprint: tuple[int, Sequence[str]],
+    footprint: tuple[int, int, Sequence[str]],
     *,
-    everything: bool,
+    rows: int | None,
+    reviews: Sequence[Operation] = (),
+    candidate: bool = False,
 ) -> RenderableType:
     """A version: where it comes from, what it changes, what was measured.
 
     Args:
-        footprint: bytes of its factor files and the kinds of update in them.
+        edits: how many are live in it.
+        footprint: number and bytes of its factor files, and the kinds of update in them.
+        rows: answers shown of each kind; None shows all.
+        reviews: what was accepted and rejected of it.
     """
     head = Table(box=None, pad_edge=False, show_header=False)
     head.add_column(style="bold")
@@ -186,88 +206,162 @@ def version_view(
     numbers = [k.rstrip("_") + ("" if v is True else f" {v:g}") for k, v in ridge.items() if v]
     numbers += [f"null space by {space['rule']} {space['value']:g}"] if space else []
     how = [*filter(None, [", ".join(numbers)]), f"blocks {version.params['layers']}"]
-    size, kinds = footprint
-    factors = [count(len(version.deltas), "file"), f"{size / 2**20:.1f} MB", *filter(None, [" and ".join(kinds)])]
-    rows = {
-        "version": version.id,
+    files, size, kinds = footprint
+    factors = [count(files, "file"), f"{size / 2**20:.1f} MB", *filter(None, [" and ".join(kinds)])]
+    facts = {
+        "version": version.id + (" (a candidate: it waits for review)" if candidate else ""),
         "parent": short(version.parent),
         "made": f"{version.created_at} by {version.who}",
         "model": f"{version.model} ({version.base}), {version.dtype}",
         "method": f"{version.method}: {'; '.join(how)}",
         "weights": version.weights_hash,
-        "edits": str(len(edits)),
+        "edits": str(edits),
         "factors": ", ".join(factors),
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in version.seconds.items()),
         "peak memory": f"{version.peak_mb:.0f} MB",
     }
-    for name, value in rows.items():
+    if version.norms:
+        facts["update ÷ weight"] = ", ".join(f"{u / w:.4f}" if w else "-" for u, w in version.norms.values())
+    for name, value in facts.items():
         head.add_row(name, Text(safe(value)))
-    parts: list[RenderableType] = [head, Text(), answers_view(answers, None if everything else 50), Text()]
+    for review in reviews:
+        head.add_row(Text(safe(f"{review.verb}ed")), review_line(review))
+    if failed := gates.failures(version.gates, metrics, answers, edits):
+        head.add_row("gates", gates_view(failed))
+    elif version.gates:
+        passed = ", ".join(f"{name} {wanted:g}" for name, wanted in version.gates.items())
+        head.add_row("gates", Text(safe(f"passed: {passed}"), "green"))
+    parts: list[RenderableType] = [head, Text(), answers_view(answers, rows), Text()]
     missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
         title = Text(f"{count(len(missed), 'other answer')} not as wanted:", "bold")
-        parts += [title, moved_view(missed, None if everything else 8), Text()]
+        parts += [title, moved_view(missed, rows), Text()]
     return Group(*parts, metrics_view(metrics))
 
 
-def log_view(operations: Sequence[Operation], head: str) -> Table:
-    """Operations, newest first."""
+def review_line(review: Operation) -> Text:
+    """Who decided what, and why."""
+    what = f"{', '.join(review.edits)}: " if review.edits else ""
+    return Text(safe(f"{what}{review.note or 'no note'} ({review.who}, {review.at})"))
+
+
+def gates_view(failed: Sequence[Failure]) -> Text:
+    """Gates that were not passed, each with the edits that failed it."""
+    text = Text()
+    for one in failed:
+        text.append(f"✗ {safe(str(one))}\n", "red")
+        for edit in one.edits[:FAILED]:
+            text.append(f"    {safe(edit)}\n")
+        if len(one.edits) > FAILED:
+            text.append(f"    … and {len(one.edits) - FAILED} more\n", "dim")
+    text.right_crop(1)
+    return text
+
+
+def faults_view(faults: Sequence[Fault], versions: int | None, rebuilt: int) -> Text:
+    """What is wrong with a store.
+
+    Args:
+        versions: how many it has, if nothing is wrong any more.
+        rebuilt: how many of them were rebuilt.
+    """
+    text = Text()
+    for fault in faults:
+        text.append("mended" if fault.repaired else "wrong", "green" if fault.repaired else "bold red")
+        text.append(f": {safe(fault.what)} {safe(fault.wrong)}\n")
+        if not fault.repaired:
+            text.append(f"  hint: {safe(fault.remedy)}\n", "dim")
+    if versions is not None:
+        built = f"{count(versions, 'version')} {'rebuilt to the bit' if rebuilt else 'not rebuilt'}"
+        text.append(f"ok: database, records and files are whole; {built}")
+    else:
+        left = sum(not fault.repaired for fault in faults)
+        text.append(f"{count(left, 'thing')} wrong", "bold red")
+    return text
+
+
+def log_view(operations: Sequence[Operation]) -> Table:
+    """Operations, newest first, with the aliases of versions; older ones are counted."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("op", "verb", "head", "when", "who", "what"):
         table.add_column(title, overflow="fold")
+    names: dict[str, list[str]] = {}
+    for name, version in operations[0].aliases.items() if operations else ():
+        names.setdefault(version, []).append(name)
     for i, op in enumerate(operations):
+        head = Text(short(op.head))
+        for name in names.pop(op.head, ()):
+            head.append(f"\n{safe(name)}", "cyan")
+        what = Text(safe(op.description))
+        if op.note:
+            what.append(f"\n“{safe(op.note)}”", "italic")
+        if op.command:
+            what.append(f"\n{safe(op.command)}", "dim")
         mark = "@ " if i == 0 else "  "
-        table.add_row(
-            f"{mark}{op.id}",
-            op.verb,
-            short(op.head),
-            op.at,
-            Text(safe(op.who)),
-            Text(safe(op.description)).append(f"\n{safe(op.command)}" if op.command else "", "dim"),
-        )
+        table.add_row(f"{mark}{op.id}", Text(safe(op.verb)), head, Text(safe(op.at)), Text(safe(op.who)), what)
     if not operations:
-        table.add_row("@ 0", "-", short(head), "", "", "nothing was applied yet")
+        table.add_row("@ 0", "-", BASE, "", "", "nothing was applied yet")
+    elif older := operations[-1].id - 1:
+        table.add_row("", "", "", "", "", Text(f"… and {older} older (editctl log --all)", "dim"))
     return table
 
 
 def diff_view(
     names: tuple[str, str],
-    edits: tuple[Mapping[str, Edit], Mapping[str, Edit]],
-    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    edits: tuple[Mapping[str, Live], Mapping[str, Live]],
+    answers: Sequence[tuple[str, Answer]],
     metrics: tuple[Sequence[Metric], Sequence[Metric]],
+    norms: tuple[Norms, Norms],
 ) -> RenderableType:
-    """What differs between two versions: facts, answers to the same prompts, metrics."""
+    """What differs between two versions: facts, answers to the same prompts, metrics, sizes of the updates.
+
+    Args:
+        answers: those that are not what they were, each with what it was.
+    """
     # A prompt has one answer at a time; ids may have been given to other facts.
     old, new = ({edit.prompt: edit for edit in side.values()} for side in edits)
-    lines = Text(f"{names[0]} → {names[1]}\n", "bold")
+    lines = Text(f"{safe(names[0])} → {safe(names[1])}\n", "bold")
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name), new.get(name)
         if now is None and was is not None:
-            lines.append("- ", "red").append_text(_fact(was, None)).append("\n")
+            lines.append("- ", "red").append_text(_fact(was.whole, None)).append("\n")
         elif now is not None and (was is None or was.weights_fingerprint != now.weights_fingerprint):
             lines.append("+ " if was is None else "~ ", "green" if was is None else "yellow")
-            lines.append_text(_fact(now, was)).append("\n")
-    said = {(a.kind, a.prompt): a.after for a in answers[0]}
-    if not old:
-        # The unedited model's words were asked when each edit was applied.
-        said = {(a.kind, a.prompt): a.before for a in answers[1]}
-    changed = [a for a in answers[1] if said.get((a.kind, a.prompt), a.after) != a.after]
-    if changed:
-        lines.append(f"{count(len(changed), 'answer')} changed:\n", "bold")
-    for a in changed:
-        words = said[a.kind, a.prompt]
-        lines.append(f"  {a.kind}: {safe(a.prompt)} ").append(safe(words, 60), "red").append(" → ")
+            lines.append_text(_fact(now.whole, was.whole if was else None)).append("\n")
+    if answers:
+        lines.append(f"{count(len(answers), 'answer')} changed:\n", "bold")
+    for words, a in answers[:SHOWN]:
+        lines.append(f"  {safe(a.kind)}: {safe(a.prompt)} ").append(safe(words, 60), "red").append(" → ")
         lines.append(safe(a.after, 60) + "\n", "green")
-    if not edits[0] and not edits[1]:
-        lines.append("no edits on either side\n")
-    return Group(lines, metrics_view(metrics[1], metrics[0]))
+    if len(answers) > SHOWN:
+        lines.append(f"  … and {len(answers) - SHOWN} more (editctl diff --json)\n", "dim")
+    if not old and not new:
+        lines.append("the same edits on both sides\n")
+    parts: list[RenderableType] = [lines, metrics_view(metrics[1], metrics[0])]
+    parts += [Text(), norms_view(norms)] if any(norms) else []
+    return Group(*parts)
+
+
+def norms_view(norms: tuple[Norms, Norms]) -> Table:
+    """By edited module, the size of the update before and after, and of the weight that carries it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("module", "‖update‖ before", "after", "‖weight‖ before", "after"):
+        table.add_column(head, justify="left" if head == "module" else "right")
+    for module in dict.fromkeys((*norms[0], *norms[1])):
+        # Without an update the weight is the other side's without its update, whose norm nobody measured.
+        (old, was), (new, now) = (side.get(module, (0.0, None)) for side in norms)
+        sizes = ("-" if size is None else f"{size:.3f}" for size in (was, now))
+        table.add_row(Text(safe(module)), f"{old:.4f}", f"{new:.4f}", *sizes)
+    return table
 
 
 def expected_line(expected: Expected) -> Text:
     """What a run will probably take."""
     gigabytes = expected.bytes / 2**30
     memory = f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{expected.bytes / 2**20:.0f} MB"
-    return Text(f"Expected: about {expected.seconds:.0f} s and at most {memory} of memory ({expected.basis}).", "dim")
+    return Text(
+        f"Expected: about {expected.seconds:.0f} s and at most {memory} of memory ({safe(expected.basis)}).", "dim"
+    )
 
 
 def methods_view(methods: Sequence[Method]) -> Table:
@@ -303,6 +397,7 @@ TITLES = {
     "solve": "Writing layers",
     "after": "Asking after",
     "commit": "Recording the version",
+    "rebuild": "Rebuilding versions",
 }
 
 
@@ -318,6 +413,8 @@ def event_line(event: Event) -> str | None:
         return f"  block {event.layer}: {event.rank} of {event.width} directions are free ({share:.1f} % of the energy)"
     if isinstance(event, events.Note):
         return f"note: {event.message}"
+    if isinstance(event, events.GateFailed):
+        return f"gate {Failure(event.gate, event.wanted, event.value, tuple(event.edits))}"
     return None
 
 
@@ -360,7 +457,11 @@ def showing_run(err: Console) -> Iterator[Emit]:
                 progress.advance(task)
             elif isinstance(event, events.RunStarted):
                 progress.update(edits, total=event.batches)
-            if line := event_line(event) if isinstance(event, events.NullSpace | events.Note) else None:
+            if (
+                line := event_line(event)
+                if isinstance(event, events.NullSpace | events.Note | events.GateFailed)
+                else None
+            ):
                 err.print(Text(safe(line)))
 
         yield show

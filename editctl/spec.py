@@ -13,9 +13,12 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
+from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,21 @@ from editctl.errors import InvalidInput, Problem
 
 VERSION = 1
 SLOT = "{}"
-MAX_BYTES, MAX_EDITS, MAX_ITEMS = 50_000_000, 10_000, 200
+MAX_FILES, MAX_BYTES, MAX_EDITS, MAX_ITEMS = 1000, 50_000_000, 10_000, 200
+MAX_PROBLEMS = 1000
+"""Problems told of a file, and warnings; what comes after is not read."""
+MAX_PARTS, MAX_DEPTH = 16, 16
+"""Parts of a dotted key, and how far inside a value lines are known; no spec has more than 6."""
 LIMITS = {"id": 80, "subject": 200, "relation": 2000, "target_new": 500, "target_true": 500, "paraphrases": 2000}
 LIMITS |= {"prompt": 2000, "answer": 500, "kind": 100, "tags": 100, "method": 100, "source": 10_000, "note": 10_000}
 """Longest text of each field, in characters."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029"  # controls and line breaks
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions
+    "\xad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"  # never seen; joiners spell words
+)
 _NOTES = {"source", "note"}
 _LONG_TEXTS = _NOTES | {"relation", "paraphrases", "prompt"}
 """Fields that may hold line breaks and tabs."""
@@ -89,9 +100,14 @@ class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
         return tuple(fill(probe.prompt, self.subject) for probe in self.portability)
 
     @property
+    def whole(self) -> Edit:
+        """Itself; of an edit in a store less is known until it is read whole."""
+        return self
+
+    @property
     def weights_fingerprint(self) -> str:
         """16 hex digits that change exactly when the weights would: subject, relation, target_new or method differ."""
-        return _fingerprint(self.model_dump(mode="json", include={*_REQUIRED, "method"}))
+        return _fingerprint({name: getattr(self, name) for name in (*_REQUIRED, "method")})
 
     @property
     def notes_fingerprint(self) -> str:
@@ -137,14 +153,19 @@ def check(paths: Sequence[Path]) -> Report:
     readers: list[_Reader] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    for path in _files(paths, warnings):
+    for path in _files(paths, problems, warnings):
+        if len(problems) + sum(len(reader.problems) for reader in readers) > MAX_PROBLEMS:
+            message = f"was not read, for there are more than {MAX_PROBLEMS} problems before it"
+            problems.append(Problem(str(path), 1, message, "mend those first"))
+            break
         text = _read(path, problems)
         if text is not None:
             readers.append(_Reader(str(path), text))
     # counted before the edits are held against each other: what two of them dispute leaves each readable
     found = [(reader, index, edit) for reader in readers for index, edit in reader.edits]
     sound = tuple(edit for reader, index, edit in found if index not in reader.faulty)
-    _check_together(found)
+    with suppress(_Enough):
+        _check_together(found)
     for reader in readers:
         problems += reader.problems
         warnings += reader.warnings
@@ -303,15 +324,19 @@ def _replace(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _files(paths: Sequence[Path], warnings: list[Problem]) -> list[Path]:
-    """The files that the paths name, each once; a folder stands for its *.toml."""
+def _files(paths: Sequence[Path], problems: list[Problem], warnings: list[Problem]) -> list[Path]:
+    """The files that the paths name, each once; a folder stands for its *.toml. None when there are too many."""
     files: dict[str, Path] = {}
     for path in paths:
-        inside = sorted(path.glob("*.toml")) if os.path.isdir(path) else [path]
+        inside = sorted(islice(path.glob("*.toml"), MAX_FILES + 1)) if os.path.isdir(path) else [path]
         if not inside:
             warnings.append(Problem(str(path), 1, "holds no *.toml file", "its edits would all be dropped"))
         for file in inside:
-            files.setdefault(os.path.realpath(file), file)
+            files.setdefault(str(file) if "\0" in str(file) else os.path.realpath(file), file)
+        if len(files) > MAX_FILES:
+            message = f"makes more than {MAX_FILES} spec files"
+            problems.append(Problem(str(path), 1, message, "write more edits to a file, or name fewer files"))
+            return []
     return list(files.values())
 
 
@@ -333,7 +358,66 @@ def _read(path: Path, problems: list[Problem]) -> str | None:
         line = data.count(b"\n", 0, error.start) + 1
         message = f"not UTF-8 text: byte 0x{data[error.start]:02x}"
         problems.append(Problem(str(path), line, message, "save the file as UTF-8"))
+    except ValueError:  # no path has a NUL
+        problems.append(Problem(str(path), 1, "no such file", "check the path"))
     return None
+
+
+class NotToml(ValueError):
+    """A text that is not TOML, or nests deeper than any file of editctl's; says where and what to do."""
+
+    def __init__(self, message: str, line: int, hint: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.hint = hint
+
+
+_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\[^\n])*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
+_SCAN = re.compile(
+    r'"{3}(?:[^"\\]++|\\.|"{1,2}(?!"))*+(?:"{3,5}|\\?\Z)'
+    + r"|'{3}(?:[^']++|'{1,2}(?!'))*+(?:'{3,5}|\Z)"
+    + rf"|(?P<deep>(?:{_PART}){{{MAX_PARTS}}})"
+    + r'|"(?:[^"\\\n]|\\[^\n])*+"?'
+    + r"""|'[^'\n]*+'?|\#[^\n]*+|[\w-]++|[^"'\#\w-]++""",
+    re.S,
+)
+"""Any text in pieces, in linear time: strings, closed or not, comments, words, and dotted keys of too many parts."""
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Raises:
+        NotToml: it is none, or a key in it has more than `MAX_PARTS` parts.
+    """
+    # Before anything is made of it: under a key of a thousand parts, a file of 1 MB takes a minute and 8 GB to parse.
+    # A key stands on one line.
+    dotted = any(line.count(".") >= MAX_PARTS for line in text.split("\n"))
+    for match in _SCAN.finditer(text) if dotted else ():
+        if match["deep"]:
+            line = text.count("\n", 0, match.start()) + 1
+            raise NotToml(f"a key has more than {MAX_PARTS} parts", line, "no key of editctl's files has that many")
+    try:
+        return tomli.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_toml(str(error), text) from None
+
+
+def _not_toml(error: str, text: str) -> NotToml:
+    """The parser's words with what they mean here."""
+    found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", error)
+    line = 1 if not found else int(found[1]) if found[1] else text.rstrip().count("\n") + 1
+    message = visible(error[: found.start()] if found else error.split(";")[0], 200)
+    hint = "text stands in double quotes, lists in [ ]; see toml.io"
+    if "overwrite" in message or "twice" in message:
+        hint = "the same key stands here twice"
+    elif not found:
+        hint = "no key takes such a value"
+    return NotToml(message, line, hint)
+
+
+class _Enough(Exception):
+    """A file has so many problems that no more are told."""
 
 
 _Where = tuple[str | int, ...]
@@ -353,21 +437,24 @@ class _Reader:
         self.warnings: list[Problem] = []
         self.faulty: set[int] = set()
         self.unnamed: set[int] = set()
-        self.lines: dict[_Where, int] = {(): 1}
+        self.text = text
+        self.edit_lines: list[int] = []
         try:
-            data = tomli.loads(text)
-        except (ValueError, RecursionError) as error:
-            self._not_toml(str(error), text)
+            data = parse(text)
+        except NotToml as error:
+            self.problems.append(Problem(file, error.line, f"not valid TOML: {error}", error.hint))
             return
         self.parsed = True
-        self.lines = _locate(text)
+        with suppress(_Enough):
+            self._read(data)
+
+    def _read(self, data: Mapping[str, Any]) -> None:
         self._unknown(data, (), ("version", "method", "edit"))
         version = data.get("version")
         if version is None:
             self.problem((), "version is missing", f"write version = {VERSION} as the first line")
         elif type(version) is not int or version != VERSION:
-            told = visible(json.dumps(version, default=str, ensure_ascii=False))
-            message = f"version is {told}, which this editctl cannot read"
+            message = f"version is {_told(version) or _type(version)}, which this editctl cannot read"
             self.problem(("version",), message, f"write version = {VERSION}")
         self.method = self._text(data.get("method", ""), ("method",))
         edits = data.get("edit", [])
@@ -377,35 +464,46 @@ class _Reader:
             message = f"the file has {len(edits)} edits, at most {MAX_EDITS} are allowed"
             self.problem(("edit",), message, "split it into several files")
         else:
+            self.edit_lines = _header_lines(self.text, len(edits))
             for index, raw in enumerate(edits):
                 self._edit(raw, index)
             if not edits:
                 self.warn((), "declares no edit", "write one as an [[edit]] table")
 
+    @cached_property
+    def lines(self) -> dict[_Where, int]:
+        """The line of every place; they take longer to find than all else, and most files need none."""
+        return locate(self.text) if self.parsed else {(): 1}
+
     def line(self, where: _Where) -> int:
         """The line of a value, or of the nearest thing around it that has one."""
+        if len(where) == 2 and self.edit_lines and isinstance(where[1], int):
+            return self.edit_lines[where[1]]
         while where not in self.lines:
             where = where[:-1]
         return self.lines[where]
 
     def problem(self, where: _Where, message: str, hint: str = "") -> None:
-        self.problems.append(Problem(self.file, self.line(where), message, hint))
+        """Tell a problem.
+
+        Raises:
+            _Enough: there are as many as are told already.
+        """
         if where[:1] == ("edit",) and len(where) > 1:
             self.faulty.add(int(where[1]))
+        full = len(self.problems) >= MAX_PROBLEMS
+        if full:
+            message = f"has more than {MAX_PROBLEMS} problems; what follows was not looked at"
+            hint = "mend those before it first"
+        self.problems.append(Problem(self.file, self.line(where), message, hint))
+        if full:
+            raise _Enough
 
     def warn(self, where: _Where, message: str, hint: str) -> None:
-        self.warnings.append(Problem(self.file, self.line(where), message, hint))
-
-    def _not_toml(self, error: str, text: str) -> None:
-        found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", error)
-        line = 1 if not found else int(found[1]) if found[1] else text.rstrip().count("\n") + 1
-        message = visible(error[: found.start()] if found else error.split(";")[0], 200)
-        hint = "text stands in double quotes, lists in [ ]; see toml.io"
-        if "overwrite" in message or "twice" in message:
-            hint = "the same key stands here twice"
-        elif not found:
-            hint = "no field of a spec takes such a value"
-        self.problems.append(Problem(self.file, line, f"not valid TOML: {message}", hint))
+        if len(self.warnings) == MAX_PROBLEMS:
+            message, hint = f"has more than {MAX_PROBLEMS} warnings; no more are told", "look at those before it first"
+        if len(self.warnings) <= MAX_PROBLEMS:
+            self.warnings.append(Problem(self.file, self.line(where), message, hint))
 
     def _unknown(self, table: Mapping[str, object], where: _Where, known: Sequence[str]) -> None:
         for key in table:
@@ -417,30 +515,31 @@ class _Reader:
 
     def _text(self, value: object, where: _Where) -> str:
         """The value if it is a string, with a problem for what no such string may hold; else empty."""
-        label, name = _label(where), _field(where)
+        name = _field(where)
         if not isinstance(value, str):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            scalar = not isinstance(value, dict | list)
-            hint = f"write it in quotes: {_quoted(text)}" if scalar else "write one string in quotes"
-            self.problem(where, f"{label} is {_type(value)}, not a string", hint)
+            text = _told(value)
+            hint = f"write it in quotes: {_quoted(text)}" if text else "write one string in quotes"
+            self.problem(where, f"{_label(where)} is {_type(value)}, not a string", hint)
             return ""
         if not value.strip():
             if value or name not in _MAY_BE_EMPTY:
                 hint = "write it" if name in _REQUIRED else "write it or take it out"
-                self.problem(where, f"{label} is empty", hint)
+                self.problem(where, f"{_label(where)} is empty", hint)
             return ""
         if len(value) > LIMITS[name]:
-            message = f"{label} has {len(value)} characters, at most {LIMITS[name]} are allowed"
+            message = f"{_label(where)} has {len(value)} characters, at most {LIMITS[name]} are allowed"
+            # Nothing more is said of it: what follows is meant for short texts, and takes long ones long.
             self.problem(where, message, "say it shorter")
+            return ""
         hidden = [c for c in _HIDDEN.findall(value) if c not in "\n\t" or name not in _LONG_TEXTS]
         if hidden:
-            message = f"{label} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {_quoted(value)}"
+            message = f"{_label(where)} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {_quoted(value)}"
             self.problem(
                 where, message, "take it out: readers do not see it, and a model reads it as tokens of its own"
             )
         elif name not in _NOTES and value != value.strip():
             hint = "take it out: a space at the end changes the tokens of the prompt and of its answer"
-            self.problem(where, f"{label} begins or ends with a space: {_quoted(value)}", hint)
+            self.problem(where, f"{_label(where)} begins or ends with a space: {_quoted(value)}", hint)
         return value
 
     def _list(self, value: object, where: _Where) -> list[object]:
@@ -535,7 +634,8 @@ class _Reader:
         elif named:
             hint = f"the subject stands in it {named} times: write {{}} for one and reword the others"
         else:
-            near = _near(edit.subject, edit.relation)
+            # A guess takes up to 40 ms; whoever has this many problems mends them by a rule.
+            near = _near(edit.subject, edit.relation) if len(self.problems) < 100 else ""
             hint = f"did you mean {_quoted(near, 200)}?" if near else "write {} where the subject stands"
         self.problem(at, "relation has no place {} for the subject", hint)
 
@@ -620,13 +720,31 @@ _TOKEN = re.compile(
     r'"{3}(?:[^"\\]+|\\.|"{1,2}(?!"))*+"{3,5}'  # multi-line strings, which may end in quotes of their own
     r"|'{3}(?:[^']+|'{1,2}(?!'))*+'{3,5}"
     r'|"(?:[^"\\]|\\.)*+"' + r"|'[^']*'"
-    r"""|\#[^\n]*|\n|[\[\]{}=,]|[^\s\[\]{}=,"'\#.]+""",
+    r"""|\#[^\n]*|\n(?:\s|\#[^\n]*)*+|[\[\]{}=,]|[^\s\[\]{}=,"'\#.]+""",
     re.S,
 )
 
 
-def _locate(text: str) -> dict[_Where, int]:
-    """The line of every key, list item and table of a TOML text that is known to be valid; tomli tells none."""
+_HEADER = re.compile(r"""^[ \t]*\[\[[ \t]*(?:edit|"edit"|'edit')[ \t]*\]\]""", re.M)
+
+
+def _header_lines(text: str, edits: int) -> list[int]:
+    """The lines of the edits' headers; empty where a look at the lines alone cannot tell."""
+    if '"""' in text or "'''" in text:
+        return []
+    found, line, seen = [], 1, 0
+    for match in _HEADER.finditer(text):
+        line, seen = line + text.count("\n", seen, match.start()), match.start()
+        found.append(line)
+    return found if len(found) == edits else []
+
+
+def locate(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line of every key, list item and table of a TOML text that is known to be valid; tomli tells none.
+
+    A place is the keys and positions, from 0, that lead to it. Places deeper than `MAX_DEPTH` and list items after the
+    first `MAX_EDITS` are left out: their lines are those of what is around them.
+    """
     lines: dict[_Where, int] = {(): 1}
     counts: dict[_Where, int] = {}
     table: _Where = ()
@@ -634,21 +752,30 @@ def _locate(text: str) -> dict[_Where, int]:
     value: _Where | None = None  # whose value comes next; None while a key is read
     opened: list[tuple[_Where, int]] = []  # lists and inline tables around: a list with its position, a table with -1
     brackets, line, seen = 0, 1, 0
+
+    def inside(where: _Where, part: str | int) -> _Where:
+        return where if len(where) > MAX_DEPTH else (*where, part)
+
+    def found(where: _Where) -> None:
+        last = where[-1] if where else ""
+        if len(where) <= MAX_DEPTH and not (isinstance(last, int) and last >= MAX_EDITS):
+            lines.setdefault(where, line)
+
     for match in _TOKEN.finditer(text + "\n"):
         token, line, seen = match[0], line + text.count("\n", seen, match.start()), match.start()
         in_list = bool(opened) and opened[-1][1] >= 0
-        if token[0] == "#" or (token == "\n" and opened):
+        if token[0] == "#" or (token[0] == "\n" and opened):
             continue
-        if token == "\n":
+        if token[0] == "\n":
             if brackets:
                 table = ()
                 for part in key:
-                    table = (*table, counts[table] - 1, part) if table in counts else (*table, part)
-                    lines.setdefault(table, line)
+                    table = inside(inside(table, counts[table] - 1) if table in counts else table, part)
+                    found(table)
                 if brackets == 2:
                     counts[table] = counts.get(table, 0) + 1
-                    table = (*table, counts[table] - 1)
-                lines.setdefault(table, line)
+                    table = inside(table, counts[table] - 1)
+                found(table)
             key, value, brackets = [], None, 0
         elif token in "]}" and opened:
             opened.pop()
@@ -660,16 +787,16 @@ def _locate(text: str) -> dict[_Where, int]:
             else:
                 key, value = [], None
         elif in_list or value is not None:
-            here: _Where = (*opened[-1][0], opened[-1][1]) if in_list else value or ()
-            lines.setdefault(here, line)
+            here: _Where = inside(*opened[-1]) if in_list else value or ()
+            found(here)
             if token in "[{":
                 opened.append((here, 0 if token == "[" else -1))
                 key, value = [], None
         elif token == "=":
             value = opened[-1][0] if opened else table
             for part in key:
-                value = (*value, part)
-                lines.setdefault(value, line)
+                value = inside(value, part)
+                found(value)
         elif token == "[":
             brackets += 1
         elif token != "]":
@@ -692,6 +819,15 @@ def _field(where: _Where) -> str:
     """The key of LIMITS that a value comes under."""
     names = [part for part in where if isinstance(part, str)]
     return "prompt" if names[-1] in ("locality", "portability") else names[-1]
+
+
+def _told(value: object) -> str:
+    """A value as TOML writes it; empty for lists, tables and numbers that TOML promises no place for."""
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, dict | list) or (isinstance(value, int) and abs(value) >= 2**63):
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type(value: object) -> str:

@@ -6,7 +6,9 @@ sqlite-utils are imported inside the methods that need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from editctl.store import Store, Version
 
 
+_EXAMPLES = {"--set": "--set energy=0.1", "--gate": "--gate reliability=0.95"}
+
+
 class Workspace:
     """The configuration with the command line's flags over it, and what is found through it."""
 
@@ -38,13 +43,16 @@ class Workspace:
 
         path = self._flags["config"]
         loaded = config.load(Path(path) if path else None)
-        given = {k: v for k, v in self._flags.items() if k != "config" and v not in (None, ())}
+        apart = ("config", "trust_remote_code")
+        given = {k: v for k, v in self._flags.items() if k not in apart and v not in (None, ())}
+        gates = {**loaded.gates, **_pairs("--gate", given.pop("gates", ()))}
         settings = (
             dict(loaded.settings)
-            | _settings(given.pop("set", ()))
+            | _pairs("--set", given.pop("set", ()))
             | {key: given.pop(key) for key in ("preserve", "batch_size", "corpus", "layers") if key in given}
         )
-        return loaded.model_copy(update={**given, "settings": settings})
+        _check_gates(gates)
+        return loaded.model_copy(update={**given, "settings": settings, "gates": gates})
 
     def with_flags(self, **flags: Any) -> Workspace:
         """The same workspace with a verb's own flags."""
@@ -70,14 +78,51 @@ class Workspace:
         from editctl.engine import source
 
         folder = source.locate(self.config.model)
-        return folder, source.identity(folder)
+        return folder, source.identity(folder, trusted=self.trusting)
+
+    @property
+    def trusting(self) -> bool:
+        """Whether code that the model brings may be run: said on the command line each time, in no file."""
+        return bool(self._flags.get("trust_remote_code"))
 
     def load(self) -> Model:
         """The model, ready to be asked and edited."""
         from editctl.engine import model
 
         config = self.config
-        return model.load(config.model, device=config.device, dtype=config.dtype)
+        with self._trust() as trusted:
+            return model.load(config.model, device=config.device, dtype=config.dtype, trusted=trusted)
+
+    def outline(self) -> Model:
+        """The model's shapes without its weights."""
+        from editctl.engine import model
+
+        with self._trust() as trusted:
+            return model.outline(self.config.model, trusted=trusted)
+
+    @contextmanager
+    def _trust(self) -> Iterator[bool]:
+        """Whether the model's own code is run inside, which is said; what that code prints is talk."""
+        from editctl.engine import source
+        from editctl.spec import visible
+
+        name = self.config.model
+        files = source.code(source.locate(name)) if self.trusting else ()
+        if not files:
+            yield False
+            return
+        text = f"Running code that {name} brings ({', '.join(files)}): --trust-remote-code"
+        click.echo(visible(text, 10_000), err=True)
+        with redirect_stdout(sys.stderr):
+            yield True
+
+    def untrusted(self, base: str) -> str:
+        """The remedy where the model's content is `base` but for its own code, run there and not here or here and not
+        there; else nothing."""
+        other = self.with_flags(trust_remote_code=not self.trusting)
+        if other.source()[1] != base:
+            return ""
+        return "leave --trust-remote-code away, as then" if self.trusting else "pass --trust-remote-code, as then"
 
     def make_plan(self, edits: Sequence[Edit], version: Version | None, store: Store, *, prune: bool) -> Plan:
         """The plan from a version to the edits.
@@ -103,16 +148,18 @@ class Workspace:
         if version is not None and version.base != base:
             raise StoreError(
                 f"the store {store.root} holds versions of another model ({version.model}, content {version.base})",
-                "name that model with --model, or another store with --store",
+                self.untrusted(version.base) or "name that model with --model, or another store with --store",
             )
+        near = None if prune else {name for edit in edits for name in (edit.id, edit.prompt)}
         return plan.make(
             edits,
-            [live.edit for live in store.edits(version)],
+            [live.known for live in store.edits(version, near)],
             model=config.model,
             base=base,
             head=version.id if version else "",
             params=params(config.method),
             methods={name: params(name) for name in dict.fromkeys(e.method for e in edits) if name},
+            gates=config.gates,
             prune=prune,
         )
 
@@ -135,8 +182,9 @@ class Workspace:
         settings = methods.Settings.from_params(plan.params)
         return cost.expected(shape, settings, len(plan.of(ADD, REPLACE)), asked, self.config.device, last)
 
-    def load_for(self, versions: Sequence[Version | None]) -> Model:
-        """The model the versions were made for, in the dtype they were made in unless another is asked for.
+    def made_for(self, versions: Sequence[Version | None]) -> Workspace:
+        """The workspace with the model the versions were made for, in the dtype they were made in unless another is
+        asked for.
 
         Raises:
             StoreError: the model named has other content.
@@ -155,22 +203,41 @@ class Workspace:
             if version is not None and version.base != base:
                 raise StoreError(
                     f"version {version.id} was made for another model ({version.model}, content {version.base})",
-                    f"{space.config.model} has content {base}; name the right one with --model",
+                    space.untrusted(version.base)
+                    or f"{space.config.model} has content {base}; name the right one with --model",
                 )
-        return space.load()
+        return space
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Overrides given as NAME=VALUE, values as in TOML."""
-    import tomli
+def _check_gates(gates: dict[str, Any]) -> None:
+    """Make sure that gates are thresholds of metrics there are.
+
+    Raises:
+        InvalidInput: they are not.
+    """
+    from editctl.metrics import gates as gate_room
+
+    for name, wanted in gates.items():
+        if isinstance(wanted, bool) or not isinstance(wanted, int | float):
+            raise InvalidInput(f"--gate {name}={wanted} is no number", "for example --gate reliability=0.95")
+    gate_room.check(gates)
+
+
+def _pairs(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Values given as NAME=VALUE, as in TOML."""
+    from editctl.config import unfit
+    from editctl.spec import NotToml, parse
 
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InvalidInput(f"--set {pair} has no value", "write --set NAME=VALUE, for example --set energy=0.1")
+            raise InvalidInput(f"{flag} {pair} has no value", f"write {flag} NAME=VALUE, for example {_EXAMPLES[flag]}")
         try:
-            found[name.strip()] = tomli.loads(f"value = {value}")["value"]
-        except tomli.TOMLDecodeError:
-            found[name.strip()] = value
+            given = parse(f"value = {value}")["value"]
+        except NotToml:
+            given = value
+        if wrong := unfit(given):
+            raise InvalidInput(f"{flag} {pair}: the value {wrong}", f"for example {_EXAMPLES[flag]}")
+        found[name.strip()] = given
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 # Matrices of 32 columns gain nothing from threads, and on a busy machine threads that wait for each other cost a
 # hundred times the work; torch reads this when it is first loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where transformers copies code that models bring; it too is read once.
+_COPIES = tempfile.TemporaryDirectory(prefix="editctl-modules-")
+os.environ["HF_MODULES_CACHE"] = _COPIES.name
 
 KINDS = ("gpt2", "llama")
 

@@ -14,6 +14,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -739,6 +740,7 @@ def test_a_mistake_is_answered_with_a_message_and_a_code(
     assert head() == applied
 
 
+@pytest.mark.timing
 def test_an_unknown_model_is_refused_in_one_line_and_soon(new: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network it takes less than two and a half seconds beside the imports, which the first call pays."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -987,12 +989,49 @@ def test_an_interrupted_apply_says_so_and_exits_with_130(midway: subprocess.Pope
     assert run("undo").code == 0
 
 
+HOLD = "from editctl.store import Store\nwith Store('store').lock('study'): print('held', flush=True); input()"
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+
+@pytest.mark.parametrize("arguments", [("undo",), ("redo",), ("restore", "base")], ids=" ".join)
+def test_a_move_waits_for_another_writer_as_long_as_it_is_told(
+    applied: str, run: Run, arguments: tuple[str, ...]
+) -> None:
+    """Not at all by default; a writer that is killed while others wait leaves them the lock."""
+    if arguments == ("redo",):
+        assert run("undo").code == 0
+    before = head()
+    with subprocess.Popen([sys.executable, "-c", HOLD], **PIPES) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        for flags in ((), ("--lock-timeout", "1")):
+            outcome = run(*arguments, *flags)
+            assert outcome.code == 3
+            assert re.search(rf"`study` of \S+@\S+ \(pid {holder.pid}\)", outcome.err)
+        assert head() == before
+        begun = time.perf_counter()
+        killing = threading.Timer(1, holder.kill)
+        killing.start()
+        outcome = run(*arguments, "--lock-timeout", "60")
+        assert 0.9 < time.perf_counter() - begun < 30
+        killing.join()
+    assert outcome.code == 0, outcome.err
+    assert head() != before
+
+
+@pytest.mark.parametrize("arguments", [("undo",), ("redo",), ("restore", "base")], ids=" ".join)
+def test_a_move_in_a_workspace_without_versions_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, arguments: tuple[str, ...]
+) -> None:
+    """No folder made for the sake of its lock."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--lock-timeout", "1").code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_store_that_another_process_changes_is_locked(applied: str, run: Run) -> None:
     """Exit code 3, naming the verb and the process that holds it; reading goes on meanwhile."""
     spec("dolphin.toml", DOLPHIN)
-    code = "from editctl.store import Store\nwith Store('store').lock('study'): print('held', flush=True); input()"
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
+    with subprocess.Popen([sys.executable, "-c", HOLD], **PIPES) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
         for arguments in (("undo",), ("apply", "--yes"), ("apply", "--yes", "--lock-timeout", "1")):
             outcome = run(*arguments)

@@ -29,11 +29,12 @@ def test_every_key_can_be_set() -> None:
     """And what is not set keeps its default."""
     FILE.write_text(
         'model = "gpt2"\ndevice = "cpu"\ndtype = "float32"\nmethod = "memit"\nstore = "here"\nspecs = ["a", "b.toml"]\n'
-        "[settings]\nbatch_size = 5\nlayers = [1, 2]\n"
+        "recheck = 7\n[settings]\nbatch_size = 5\nlayers = [1, 2]\n[gates]\nreliability = 0.95\nlocality = 1\n"
     )
     config = load()
     assert config.specs == ["a", "b.toml"]
     assert config.settings == {"batch_size": 5, "layers": [1, 2]}
+    assert (config.recheck, config.gates) == (7, {"reliability": 0.95, "locality": 1.0})
     assert set(Config.model_fields) == config.model_fields_set
 
 
@@ -54,13 +55,24 @@ def test_a_file_that_is_named_must_be_there() -> None:
     [
         ('store = "s"\n\nmodle = "gpt2"\n', "editctl.toml:3: unknown key modle", "did you mean model?"),
         ("zzz = 1\n", "editctl.toml:1: unknown key zzz", "known keys: model, device"),
-        ('model = "a"\nstore = 3\n', "editctl.toml:2: store: input should be a valid string", ""),
-        ('specs = "specs"\n', "editctl.toml:1: specs: input should be a valid list", ""),
-        ("specs = [\n  1,\n]\n", "editctl.toml:1: specs: input should be a valid string", ""),
+        ('model = "a"\nstore = 3\n', "editctl.toml:2: store: input should be a valid string", "store: Folder of"),
+        ('specs = "specs"\n', "editctl.toml:1: specs: input should be a valid list", "specs: Spec files"),
+        ("specs = [\n  1,\n]\n", "editctl.toml:2: specs: input should be a valid string", "specs: Spec files"),
         ("\n[setings]\nx = 1\n", "editctl.toml:2: unknown key setings", "did you mean settings?"),
-        ("settings = 5\n", "editctl.toml:1: settings: input should be a valid dictionary", ""),
-        ('model = "a"\nmodel = "b"\n', "editctl.toml:2: not TOML", ""),
-        ("model = \n", "editctl.toml:1: not TOML", ""),
+        ("settings = 5\n", "editctl.toml:1: settings: input should be a valid dictionary", "settings: Overrides"),
+        ('model = "a"\nmodel = "b"\n', "editctl.toml:2: not TOML", "the same key stands here twice"),
+        ("\n[settings]\nsteps = 1\nlayers = [[1]]\n", "editctl.toml:4: settings.layers is neither", "settings: Over"),
+        (
+            "settings = { steps = 0x" + "f" * 5000 + " }\n",
+            "editctl.toml:1: settings.steps is far too large a number",
+            "set",
+        ),
+        ("settings.steps = " + "9" * 5000, "editctl.toml:1: not TOML: Exceeds the limit", "no key takes"),
+        ('\nstore = "a\\u0000b"\n', "editctl.toml:2: store contains a control character", "store: Folder"),
+        ('specs = ["a\\u001b"]\n', "editctl.toml:1: specs contains a control character", "specs: Spec files"),
+        ("x = " + "[" * 5000, "editctl.toml:1: not TOML: TOML inline arrays/tables are nested", "no key takes"),
+        ("x" + ".x" * 50 + " = 1", "editctl.toml:1: not TOML: a key has more than 16 parts", "no key of"),
+        ("model = \n", "editctl.toml:1: not TOML", "toml.io"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(text: str, said: str, hint: str) -> None:
@@ -70,7 +82,7 @@ def test_a_mistake_is_told_with_its_line(text: str, said: str, hint: str) -> Non
         load()
     problem = caught.value.problems[0]
     assert str(problem).startswith(said)
-    assert hint in problem.hint and bool(hint) == bool(problem.hint)
+    assert hint in problem.hint
     assert caught.value.exit_code is Exit.USAGE
 
 
@@ -88,6 +100,29 @@ def test_a_file_that_is_not_text_is_refused() -> None:
     with pytest.raises(InvalidInput, match="cannot be read") as caught:
         load()
     assert "UTF-8" in caught.value.hint
+
+
+def test_a_file_from_a_windows_editor_is_read() -> None:
+    """With a byte order mark and its line ends."""
+    FILE.write_bytes(b'\xef\xbb\xbfmethod = "memit"\r\nstore = "here"\r\n')
+    assert (load().method, load().store) == ("memit", "here")
+
+
+def test_a_file_too_large_or_with_too_many_mistakes_is_refused_at_once() -> None:
+    """A configuration is a few lines; of many mistakes the first hundred are told."""
+    FILE.write_text("#" * 1_000_001)
+    with pytest.raises(InvalidInput, match="larger than 1 MB"):
+        load()
+    FILE.write_text("\n".join(f"k{i} = 1" for i in range(90_000)))
+    with pytest.raises(InvalidInput) as caught:
+        load()
+    assert len(caught.value.problems) == 100
+
+
+def test_a_path_that_no_file_has_is_refused() -> None:
+    """A NUL ends a path for the operating system."""
+    with pytest.raises(InvalidInput, match="no such file"):
+        load(Path("a\0b"))
 
 
 def test_a_folder_of_that_name_is_no_configuration() -> None:

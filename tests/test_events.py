@@ -8,10 +8,18 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from editctl import events
-from editctl.events import Event, from_line, header, silent, to_line
+from editctl.events import Event, from_line, header, json_line, silent, to_line
 
 KINDS = Event.__subclasses__()
-VALUES = {"str": 'Ünï "quoted"\nline\x1b[31m\u202e', "int": 3, "float": 0.125, "dict[str, float]": {"edit": 1.5}}
+VALUES: dict[str, object] = {
+    "str": 'Ünï "quoted"\nline\x1b[31m\u202e',
+    "int": 3,
+    "float": 0.125,
+    "dict[str, float]": {"edit": 1.5},
+    "float | None": 0.5,
+    "list[str]": ["a", "\x1b"],
+    "bool": True,
+}
 
 
 def an_event(kind: type[Event]) -> Event:
@@ -55,6 +63,14 @@ def test_a_line_that_is_no_event_is_a_value_error(line: str) -> None:
     """Of an unknown type, without one, or no JSON at all."""
     with pytest.raises(ValueError):
         from_line(line)
+
+
+def test_a_line_acts_on_no_terminal() -> None:
+    """Controls, directions and what cannot be seen are escaped, other text is not; the value comes back."""
+    value = {"Ünï 日本語": ["\x1b[31m\x9b2J\x7f\0", "\u202e\u200b\u2028\ufeff\xad", "\U000e0041 \U0001f600"]}
+    line = json_line(value)
+    assert line.isprintable() and "Ünï 日本語" in line and "\U0001f600" in line
+    assert json.loads(line) == value
 
 
 def test_the_unknown_type_is_named() -> None:

@@ -457,6 +457,34 @@ def test_settings_survive_json(name: str) -> None:
         assert Settings.from_params({**made.to_params(), "ridge": other}) != made
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "nonsense"},
+        {"layers": 3},
+        {"layers": []},
+        {"ridge": {}},
+        {"ridge": {"lambda_": "x", "l2": 0.0, "history": True, "hard": False}},
+        {"null_space": {"rule": "all", "value": 1.0}},
+        {"null_space": {"rule": "energy", "value": 10**400}},
+        {"write": {"post": [[]]}},
+        {"target": {"steps": 1.5}},
+        {"target": []},
+        {"tune": {"epochs": 0}},
+        {"batch_size": 0},
+        {"corpus": 7},
+        {"xyzzy": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_no_run_has_are_refused(change: dict[str, Any]) -> None:
+    """A plan may have been written by anyone."""
+    params = settings(TINY, "alphaedit", {}).to_params()
+    Settings.from_params(params)
+    with pytest.raises(InvalidInput, match="not the settings of a run"):
+        Settings.from_params({**params, **change})
+
+
 def test_a_profile_is_a_value() -> None:
     """Two models may share one."""
     assert Profile((1, 2)) == Profile((1, 2)) != Profile((1, 3))

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import an_edit
 
-from editctl.metrics.edits import Question, judge, normal, questions, says, summary
-from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer
+from editctl.errors import Exit, InvalidInput
+from editctl.metrics import gates
+from editctl.metrics.edits import NAMES, Question, judge, normal, questions, says, summary
+from editctl.metrics.values import (
+    GENERATED,
+    KINDS,
+    LOCALITY,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    TEACHER_FORCED,
+    Answer,
+    Metric,
+)
 
 COUNTS = [
     ("Rome", ["Rome"]),
@@ -137,3 +152,122 @@ def test_nothing_asked_is_no_metric() -> None:
     assert summary([]) == ()
     assert [m.name for m in summary([an_answer(PARAPHRASE, True)])] == ["generalization"]
     assert len(KINDS) == len(set(KINDS)) == 4
+
+
+# Gates
+
+
+def told(edit: str, kind: str, ok: bool, forced: float | None = None) -> Answer:
+    return Answer(edit, kind, "p", ("w",), "was", "is", ok, forced_after=forced)
+
+
+HEARD = (
+    told("a", REWRITE, True, 1.0),
+    told("b", REWRITE, False, 1.0),
+    told("c", REWRITE, True, 0.5),
+    told("d", REWRITE, True, 1.0),
+    told("b", PARAPHRASE, False, 0.0),
+    told("b", PARAPHRASE, False, 0.5),
+    told("a", PARAPHRASE, True, 1.0),
+    told("a", LOCALITY, True),
+    told("d", LOCALITY, False, 1.0),
+)
+"""Reliability 3/4 and 7/8 teacher-forced, generalization 1/3 and 1/2, locality 1/2, portability never asked."""
+
+
+def failed(wanted: dict[str, float], answers: tuple[Answer, ...] = HEARD) -> list[tuple[str, float | None, Any]]:
+    found = gates.failures(wanted, summary(answers), answers, 3)
+    assert [one.wanted for one in found] == [wanted[one.gate] for one in found]
+    return [(one.gate, one.value, one.edits) for one in found]
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "edits"),
+    [
+        ("reliability", 3 / 4, ("b",)),
+        ("reliability.teacher-forced", 7 / 8, ("c",)),
+        ("generalization", 1 / 3, ("b",)),
+        ("generalization.teacher-forced", 1 / 2, ("b",)),
+        ("locality", 1 / 2, ("d",)),
+    ],
+)
+def test_a_gate_fails_below_its_threshold_and_names_the_edits_that_pull_it_down(
+    gate: str, value: float, edits: tuple[str, ...]
+) -> None:
+    """Each edit once, by the protocol of the gate; what is reached exactly is reached."""
+    assert failed({gate: value}) == failed({gate: 0.0}) == []
+    assert failed({gate: math.nextafter(value, 1)}) == failed({gate: 1.0}) == [(gate, value, edits)]
+
+
+def test_gates_are_judged_one_by_one() -> None:
+    """In the order given; one that fails says nothing of the next."""
+    wanted = {"locality": 0.9, "reliability": 0.7, "generalization": 0.9}
+    assert [gate for gate, _, _ in failed(wanted)] == ["locality", "generalization"]
+    assert failed({}) == []
+
+
+def test_what_no_edit_has_a_prompt_for_cannot_be_measured_and_so_not_passed() -> None:
+    """Not even at a threshold of nothing; a gate is a promise that somebody looked."""
+    assert failed({"portability": 0.0}) == [("portability", None, ())]
+    (found,) = gates.failures({"portability.teacher-forced": 0.0}, summary(HEARD), HEARD, 3)
+    assert str(found) == "portability.teacher-forced cannot be measured: no prompt for it was asked"
+    # Control: one prompt of the kind is enough.
+    assert failed({"portability": 0.0}, (*HEARD, told("a", PORTABILITY, False))) == []
+
+
+def test_a_version_without_edits_has_nothing_to_pass() -> None:
+    """One that has edits and was asked nothing cannot be said to pass."""
+    wanted = {"reliability": 1.0, "locality": 1.0}
+    assert gates.failures(wanted, (), (), 0) == ()
+    assert [(one.gate, one.value) for one in gates.failures(wanted, (), (), 2)] == [(name, None) for name in wanted]
+
+
+def test_a_mean_that_is_not_a_number_passes_no_gate() -> None:
+    """The comparison is turned so that it fails; a number in its place passes."""
+    for value, fails in ((math.nan, True), (0.0, False)):
+        metrics = (Metric("reliability", TEACHER_FORCED, value, 1),)
+        found = gates.failures({"reliability.teacher-forced": 0.0}, metrics, (told("a", REWRITE, True, value),), 1)
+        assert bool(found) == fails
+        assert not fails or found[0].edits == ("a",)
+
+
+def test_a_failure_says_what_was_measured_and_what_was_wanted() -> None:
+    """In percent, with one decimal."""
+    assert str(gates.Failure("reliability", 0.95, 2 / 3, ("a",))) == "reliability is 66.7 %, wanted 95.0 %"
+
+
+def test_a_gate_that_this_editctl_does_not_know_fails_as_one_that_cannot_be_measured() -> None:
+    """A version that was held to it is still shown."""
+    assert failed({"beauty": 0.5}) == [("beauty", None, ())]
+
+
+def test_every_metric_of_edits_can_be_held_to() -> None:
+    """In the model's own words, and teacher-forced where a wanted answer exists."""
+    for name in NAMES.values():
+        gates.check({name: 0.5})
+    assert len(gates.NAMED) == 2 * len(NAMES) - 1
+    assert {gate.partition(".")[2] or GENERATED for gate in gates.NAMED} == {GENERATED, TEACHER_FORCED}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "message", "hint"),
+    [
+        ("reliabilty", 0.5, "there is no metric reliabilty", "did you mean reliability?"),
+        ("locality.teacher-forced", 0.5, "there is no metric locality.teacher-forced", "did you mean"),
+        ("reliability.generated", 0.5, "there is no metric reliability.generated", "did you mean reliability"),
+        ("zzz", 0.5, "there is no metric zzz", "one of: reliability, generalization"),
+        ("", 0.5, "there is no metric ", "one of: "),
+        ("locality", 1.0000001, "gate locality = 1.0000001 is no share", "from 0 to 1"),
+        ("locality", 95, "gate locality = 95 is no share", "from 0 to 1"),
+        ("locality", -0.1, "gate locality = -0.1 is no share", "from 0 to 1"),
+        ("locality", math.nan, "gate locality = nan is no share", "from 0 to 1"),
+        ("locality", math.inf, "gate locality = inf is no share", "from 0 to 1"),
+    ],
+)
+def test_what_is_no_gate_is_refused(name: str, wanted: float, message: str, hint: str) -> None:
+    """Exit code 2 with what was probably meant; the ends of the range are gates."""
+    gates.check({"locality": 0, "reliability": 1})
+    with pytest.raises(InvalidInput) as caught:
+        gates.check({"reliability": 0.5, name: wanted})
+    assert caught.value.exit_code == Exit.USAGE
+    assert message in caught.value.message and hint in caught.value.hint

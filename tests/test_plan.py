@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editctl.errors import Exit, InvalidInput, StalePlan
-from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan, check_fresh, load, make, save
+from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Plan, check_fresh, load, make, save, without
 from editctl.spec import Edit
 
 
@@ -44,7 +45,7 @@ def test_what_is_not_live_is_added() -> None:
 def test_what_is_live_as_wanted_is_kept() -> None:
     """Where it was declared does not count; nothing is left to do."""
     plan = a_plan([A.model_copy(update={"file": "elsewhere.toml", "line": 9}), B], [A, B])
-    assert kinds(plan) == [(KEEP, "a", "a"), (KEEP, "b", "b")]
+    assert kinds(plan) == [(KEEP, "a", ""), (KEEP, "b", "")]
     assert not plan.changes and plan.summary() == "Nothing to do: 2 edits up to date."
 
 
@@ -53,7 +54,7 @@ def test_what_would_change_the_weights_replaces(field: str) -> None:
     """And the reason names the field."""
     new = an_edit("a", **{field: "{} elsewhere"})
     plan = a_plan([new, B], [A, B])
-    assert kinds(plan) == [(REPLACE, "a", "a"), (KEEP, "b", "b")]
+    assert kinds(plan) == [(REPLACE, "a", "a"), (KEEP, "b", "")]
     assert plan.actions[0].reason == f"{field} changed" and plan.actions[0].old == A
 
 
@@ -93,14 +94,45 @@ def test_a_fact_that_contradicts_a_live_one_replaces_it() -> None:
 def test_what_is_not_in_the_specs_stays_unless_pruned() -> None:
     """It is named either way."""
     plan = a_plan([A], [A, B])
-    assert kinds(plan) == [(KEEP, "a", "a")] and plan.outside == ("b",) and not plan.changes
+    assert kinds(plan) == [(KEEP, "a", "")] and plan.outside == ("b",) and not plan.changes
     pruned = a_plan([A], [A, B], prune=True)
-    assert kinds(pruned) == [(KEEP, "a", "a"), (DROP, "b", "")] and pruned.outside == () and pruned.changes
+    assert kinds(pruned) == [(KEEP, "a", ""), (DROP, "b", "")] and pruned.outside == () and pruned.changes
 
 
 def test_every_kind_has_a_sign_of_its_own() -> None:
     """For the eye that runs down the list."""
     assert set(GLYPHS) == {ADD, REPLACE, REMEASURE, DROP, KEEP} and len(set(GLYPHS.values())) == len(GLYPHS)
+
+
+# Taking out
+
+
+def without_some(*ids: str, live: Sequence[Edit] = (A, B, C)) -> Plan:
+    named: dict[str, Any] = {"model": "atlas", "base": "b" * 32, "head": "h" * 12, "params": {"seed": 3}}
+    return without(live, ids, **named, gates={"locality": 0.5}, reason="wrong")
+
+
+def test_what_is_taken_out_is_dropped_and_the_rest_stays() -> None:
+    """In the order in which it was named, each once; under the gates and with the settings given."""
+    plan = without_some("c", "a", "c")
+    assert kinds(plan) == [(DROP, "c", ""), (DROP, "a", "")] and plan.outside == ("b",)
+    assert [action.edit for action in plan.actions] == [C, A]
+    assert {action.reason for action in plan.actions} == {"wrong"}
+    assert (plan.head, plan.params, plan.gates) == ("h" * 12, {"seed": 3}, {"locality": 0.5})
+    assert contents(carried_out(plan, [A, B, C])) == contents([B])
+    nothing = without_some()
+    assert not nothing.changes and nothing.outside == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "live", "hint"),
+    [("towr", ("tower", "bridge"), "did you mean tower?"), ("zzz", ("tower",), "`editctl show` lists"), ("a", (), "")],
+)
+def test_what_is_not_live_cannot_be_taken_out(name: str, live: tuple[str, ...], hint: str) -> None:
+    """Exit code 2, with what was probably meant, even beside one that is."""
+    with pytest.raises(InvalidInput, match=f"there is no live edit {name}") as caught:
+        without_some(*live[:1], name, live=[an_edit(id) for id in live])
+    assert caught.value.exit_code == Exit.USAGE and hint in caught.value.hint
 
 
 # Carrying out
@@ -199,6 +231,82 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
         load(path)
     with pytest.raises(InvalidInput, match=r"missing\.json"):
         load(tmp_path / "missing.json")
+
+
+def test_a_plan_carries_its_gates(tmp_path: Path) -> None:
+    """To the bit, and not to be lowered afterwards; what is no number is no gate."""
+    path = tmp_path / "plan.json"
+    plan = replace(a_plan([A]), gates={"reliability": 0.1 + 0.2, "locality": 1})
+    save(plan, path)
+    assert load(path) == plan and load(path).gates["reliability"] == 0.1 + 0.2
+    assert load(path) != a_plan([A])
+    text = path.read_text()
+    path.write_text(text.replace("0.30000000000000004", "0.2"))
+    with pytest.raises(InvalidInput, match="changed after it was saved"):
+        load(path)
+    save(replace(a_plan([A]), gates={"reliability": True}), path)
+    with pytest.raises(InvalidInput, match="a gate is no number"):
+        load(path)
+
+
+def forged(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A saved plan that was changed, with the fingerprint of what it became."""
+    path = tmp_path / "plan.json"
+    save(a_plan([A, an_edit("b", note="n")], [B]), path)
+    body = json.loads(path.read_text())
+    del body["fingerprint"]
+    change(body)
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    path.write_text(json.dumps({**body, "fingerprint": sha256(text.encode()).hexdigest()[:16]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda body: None, ""),
+        (lambda body: body.pop("params"), "it has no params"),
+        (lambda body: body.update(head=3), "a text is missing"),
+        (lambda body: body.update(outside="ab"), "a text is missing"),
+        (lambda body: body.update(params=[]), "its settings are none"),
+        (lambda body: body.update(methods={"memit": 1}), "its settings are none"),
+        (lambda body: body.update(gates={"reliability": "x"}), "a gate is no number"),
+        (lambda body: body.update(gates={"reliabilty": 1}), "there is no metric reliabilty"),
+        (lambda body: body["actions"][0].update(kind="eat"), "an edit shall be eat"),
+        (lambda body: body["actions"][0].update(kind="replace"), "replace without the one it stands in for"),
+        (lambda body: body["actions"][0]["edit"].update(relation="is in"), "the edit a lacks its subject"),
+        (lambda body: body["actions"][0]["edit"].update(method="memit"), "the settings of memit are missing"),
+        (lambda body: body["actions"][0]["edit"].update(tags=[1]), "tags of an edit: input should be a valid string"),
+        (lambda body: body.update(actions=7), "is not a saved plan"),
+    ],
+)
+def test_a_plan_that_was_forged_is_refused_where_it_makes_no_sense(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    """A fingerprint keeps off accidents, not people; the message is a line."""
+    path = forged(tmp_path, change)
+    if not said:
+        load(path)
+        return
+    with pytest.raises(InvalidInput) as caught:
+        load(path)
+    assert said in caught.value.message.replace("0.of", "of") and "\n" not in caught.value.message
+
+
+def test_a_plan_too_large_or_too_deep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both when it is read and when it is written."""
+    path = tmp_path / "plan.json"
+    path.write_text('{"a": ' * 50_000)
+    with pytest.raises(InvalidInput, match="not a saved plan"):
+        load(path)
+    with pytest.raises(InvalidInput, match="no such file"):
+        load(Path("a\0b"))
+    save(a_plan([A]), path)
+    monkeypatch.setattr("editctl.plan.MAX_BYTES", 100)
+    with pytest.raises(InvalidInput, match="larger than"):
+        load(path)
+    with pytest.raises(InvalidInput, match="larger than"):
+        save(a_plan([A]), path)
 
 
 def test_a_stale_plan_is_refused() -> None:

@@ -18,9 +18,9 @@ from editctl.errors import InvalidInput, Problem, StoreError
 from editctl.metrics.values import LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
 from editctl.plan import Plan, make
 from editctl.spec import Edit
-from editctl.store import Operation, Version
+from editctl.store import Fault, Operation, Version
 
-FOOTPRINT = (3 * 2**19, ("thin",))
+FOOTPRINT = (1, 3 * 2**19, ("thin",))
 NASTY = "[red]x[/red] [/] [link=http://e]y[/link]\x1b[31m\x1b]0;title\x07\x9b31m\r\x08\u202eolleh 日本語 :smile:"
 LONG = "word " * 60
 
@@ -51,7 +51,6 @@ def a_version(**changes: Any) -> Version:
             "null_space": {"rule": "energy", "value": 0.1},
         },
         "seed": 0,
-        "deltas": ("d" * 32,),
         "weights_hash": "w" * 32,
         "libraries": {},
         "seconds": {"edit": 1.25},
@@ -61,6 +60,22 @@ def a_version(**changes: Any) -> Version:
         "who": "ada@lab",
     }
     return Version(**{**values, **changes})
+
+
+def an_operation(**changes: Any) -> Operation:
+    values: dict[str, Any] = {
+        "id": 1,
+        "parent": 0,
+        "verb": "apply",
+        "head_before": "",
+        "head": "0123456789ab",
+        "at": "2026-08-01T12:00:00+00:00",
+        "who": "ada@lab",
+        "command": "editctl apply",
+        "undoes": 0,
+        "description": "version 0123456789ab with 1 edit",
+    }
+    return Operation(**{**values, **changes})
 
 
 def answers_about(edit: Edit, *, ok: bool, words: str) -> list[Answer]:
@@ -119,24 +134,37 @@ VIEWS: dict[str, Callable[[], Any]] = {
     "a plan that measures again": lambda: report.plan_view(a_plan(nasty_edit(tags=("t",)), live=(nasty_edit(),))),
     "a version": lambda: report.version_view(
         a_version(who=NASTY, model=NASTY),
-        [nasty_edit()],
+        1,
         answers_about(nasty_edit(), ok=False, words=NASTY + LONG),
         [Metric(NASTY, "generated", 0.5, 2)],
-        (2048, ("thin",)),
-        everything=True,
+        (1, 2048, ("thin",)),
+        rows=None,
+    ),
+    "a version that waits": lambda: report.version_view(
+        a_version(gates={"reliability": 0.9, NASTY: 0.5}),
+        1,
+        answers_about(nasty_edit(id=NASTY), ok=False, words="x"),
+        [Metric("reliability", "generated", 0.5, 2)],
+        FOOTPRINT,
+        rows=1,
+        reviews=[an_operation(verb="accept", note=NASTY, edits=(NASTY,), who=NASTY)],
+        candidate=True,
     ),
     "a difference": lambda: report.diff_view(
         ("base", "0123456789ab"),
         ({"a": nasty_edit(id="a")}, {"a": nasty_edit(id="a", tags=("x",)), "b": nasty_edit(id="b")}),
-        (
-            answers_about(nasty_edit(), ok=True, words=NASTY),
-            answers_about(nasty_edit(), ok=False, words=NASTY + "!"),
-        ),
+        [(NASTY, answer) for answer in answers_about(nasty_edit(), ok=False, words=NASTY + "!")],
         ([Metric("reliability", "generated", 0.5, 2)], [Metric("reliability", "generated", 1.0, 2)]),
+        ({NASTY: (0.5, 2.0)}, {NASTY: (0.25, 2.0)}),
     ),
     "a log": lambda: report.log_view(
-        [Operation(1, 0, "apply", "", "0123456789ab", "2026-08-01", NASTY, f"editctl apply {NASTY}", 0, NASTY)], ""
+        [
+            an_operation(
+                who=NASTY, command=f"apply {NASTY}", description=NASTY, note=NASTY, aliases={NASTY: "0123456789ab"}
+            )
+        ]
     ),
+    "faults": lambda: report.faults_view([Fault(NASTY, NASTY, NASTY), Fault(NASTY, LONG, NASTY, True)], None, 0),
     "problems": lambda: report.problem_lines(
         InvalidInput(NASTY, NASTY, [Problem("[red].toml", 3, NASTY, NASTY), Problem("b.toml", 1, LONG)])
     ),
@@ -200,7 +228,7 @@ def test_a_version_shows_each_edit_before_and_after_and_how_its_other_prompts_fa
         Answer(edit.id, PARAPHRASE, "Find Subject 1 in", ("Rome",), "Bern", "Oslo", False),
     ]
     metrics = [Metric("reliability", "generated", 1.0, 1), Metric("generalization", "generated", 0.5, 2)]
-    text = rendered(report.version_view(a_version(), [edit], said, metrics, FOOTPRINT, everything=True), 110)
+    text = rendered(report.version_view(a_version(), 1, said, metrics, FOOTPRINT, rows=None), 110)
     row = next(line for line in text.splitlines() if line.startswith("✓"))
     assert re.search(r"Subject 1 lies in +Bern +Rome +1/2 +- +-", row)
     assert "1 other answer not as wanted" in text or "1 other answer is not as wanted" in text
@@ -210,18 +238,16 @@ def test_a_version_shows_each_edit_before_and_after_and_how_its_other_prompts_fa
 
 
 @pytest.mark.parametrize(
-    ("footprint", "deltas", "said"),
+    ("footprint", "said"),
     [
-        (FOOTPRINT, 1, "1 file, 1.5 MB, thin"),
-        ((0, ()), 0, "0 files, 0.0 MB"),
-        ((7 * 2**20, ("dense", "thin")), 2, "2 files, 7.0 MB, dense and thin"),
+        (FOOTPRINT, "1 file, 1.5 MB, thin"),
+        ((0, 0, ()), "0 files, 0.0 MB"),
+        ((2, 7 * 2**20, ("dense", "thin")), "2 files, 7.0 MB, dense and thin"),
     ],
 )
-def test_a_version_says_what_it_costs_on_disk(footprint: Any, deltas: int, said: str) -> None:
+def test_a_version_says_what_it_costs_on_disk(footprint: Any, said: str) -> None:
     """In files, bytes and the kinds of update in them."""
-    version = a_version(deltas=("d" * 32,) * deltas)
-    lines = rendered(report.version_view(version, [], [], [], footprint, everything=True), 110).splitlines()
-    assert [line.split(None, 1)[1].strip() for line in lines if line.startswith("factors")] == [said]
+    assert told("factors", a_version(), footprint=footprint) == [said]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +261,73 @@ def test_a_version_says_what_it_costs_on_disk(footprint: Any, deltas: int, said:
 )
 def test_a_version_names_its_method_by_its_numbers(params: dict[str, Any], said: str) -> None:
     """Those that are not zero, then the null space, then the blocks."""
-    version = a_version(params={**a_version().params, **params})
-    lines = rendered(report.version_view(version, [], [], [], FOOTPRINT, everything=True), 110).splitlines()
-    assert [line.split(None, 1)[1].strip() for line in lines if line.startswith("method")] == [said]
+    assert told("method", a_version(params={**a_version().params, **params})) == [said]
+
+
+def told(name: str, version: Version, *, footprint: Any = FOOTPRINT, **more: Any) -> list[str]:
+    """What stands beside a name in the head of a version's view, a line each."""
+    given: dict[str, Any] = {"edits": 1, "answers": [], "metrics": [], "rows": None, **more}
+    found, here = [], False
+    for line in rendered(report.version_view(version, footprint=footprint, **given), 110).splitlines():
+        here = line.startswith(name) or (here and line.startswith(" "))
+        if here:
+            found.append(line[len(name) :].strip() if line.startswith(name) else line.strip())
+    return found
+
+
+def test_a_version_says_how_many_edits_it_has_and_how_large_its_updates_are() -> None:
+    """The update beside the weight that carries it, block by block; nothing where nothing was measured."""
+    norms = {"m.1": (0.5, 20.0), "m.2": (0.003, 30.0)}
+    version = a_version(norms=norms)
+    assert told("edits", version, edits=1234) == ["1234"]
+    assert told("update ÷ weight", version) == ["0.0250, 0.0001"]
+    assert told("update ÷ weight", a_version()) == []
+
+
+def test_a_version_shows_its_reviews_and_that_it_waits() -> None:
+    """Who decided what, when and why; one that was decided does not wait."""
+    reviews = [
+        an_operation(verb="accept", edits=("fact-1", "fact-2"), note="read the source"),
+        an_operation(verb="reject", who="bob@lab"),
+    ]
+    at = "2026-08-01T12:00:00+00:00"
+    assert told("accepted", a_version(), reviews=reviews) == [f"fact-1, fact-2: read the source (ada@lab, {at})"]
+    assert told("rejected", a_version(), reviews=reviews) == [f"no note (bob@lab, {at})"]
+    assert told("version", a_version(), candidate=True) == ["0123456789ab (a candidate: it waits for review)"]
+    assert told("version", a_version()) == ["0123456789ab"]
+    assert told("accepted", a_version()) == told("rejected", a_version()) == []
+
+
+def test_a_version_names_the_gates_it_passed_or_failed_and_the_edits_that_failed() -> None:
+    """The same numbers against two thresholds; of very many edits the first twenty."""
+    said = [Answer(f"fact-{n}", REWRITE, f"p{n}", ("Rome",), "Bern", "Rome", n < 3) for n in range(30)]
+    metrics = [Metric("reliability", "generated", 0.1, 30)]
+
+    def gates(answers: list[Answer], **wanted: float) -> list[str]:
+        return told("gates", a_version(gates=wanted), answers=answers, metrics=metrics)
+
+    assert gates(said, reliability=0.1) == ["passed: reliability 0.1"]
+    assert gates(said[:5], reliability=0.95, locality=0.5) == [
+        "✗ reliability is 10.0 %, wanted 95.0 %",
+        "fact-3",
+        "fact-4",
+        "✗ locality cannot be measured: no prompt for it was asked",
+    ]
+    many = gates(said, reliability=0.95)
+    assert many[1:21] == [f"fact-{n}" for n in range(3, 23)] and many[21:] == ["… and 7 more"]
+    assert gates(said) == []
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(None, 30), (30, 30), (29, 29), (2, 2)])
+def test_a_version_of_very_many_edits_shows_the_first(rows: int | None, shown: int) -> None:
+    """Of the edits and of the other answers alike, with how many are left out and how to see them."""
+    said = [Answer(f"fact-{n}", REWRITE, f"prompt {n}", ("Rome",), "Bern", "Rome", True) for n in range(30)]
+    said += [Answer(f"fact-{n}", PARAPHRASE, f"other {n}", ("Rome",), "Bern", "Oslo", False) for n in range(30)]
+    text = rendered(report.version_view(a_version(), 30, said, [], FOOTPRINT, rows=rows), 110)
+    for kind in ("prompt", "other"):
+        assert len(re.findall(rf"\b{kind} \d+\b", text)) == shown
+    assert text.count(f"… and {30 - shown} more (editctl show --all)") == (2 if shown < 30 else 0)
+    assert "30 other answers not as wanted:" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,25 +358,131 @@ def test_an_expectation_is_one_line(size: int, seconds: float, said: str) -> Non
 def test_a_difference_shows_facts_answers_and_how_metrics_changed() -> None:
     """Left is old, right is new."""
     old, new = an_edit(1), an_edit(1, target_new="Oslo")
-    sides = tuple(
-        [
-            Answer("fact-1", REWRITE, old.prompt, (w,), "Bern", w, True),
-            Answer("fact-1", LOCALITY, "p", (), "x", "x", True),
-        ]
-        for w in ("Rome", "Oslo")
-    )
+    moved = [("Rome", Answer("fact-1", REWRITE, old.prompt, ("Oslo",), "Bern", "Oslo", True))]
     metrics = ([Metric("reliability", "generated", 1.0, 4)], [Metric("reliability", "generated", 0.75, 4)])
     names, edits = ("base", "abc"), ({"fact-1": old, "gone": an_edit(2)}, {"fact-1": new, "more": an_edit(3)})
-    lines = rendered(report.diff_view(names, edits, (sides[0], sides[1]), metrics), 110).splitlines()
-    assert lines[:4] == [
+    norms = ({"m.1": (0.5, 20.0)}, {"m.1": (0.625, 20.5), "m.2": (0.125, 30.0)})
+    lines = rendered(report.diff_view(names, edits, moved, metrics, norms), 110).splitlines()
+    assert lines[:6] == [
         "base → abc",
         "~ Subject 1 lies in Rome → Oslo",
         "- Subject 2 lies in Rome",
         "+ Subject 3 lies in Rome",
+        "1 answer changed:",
+        "  rewrite: Subject 1 lies in Rome → Oslo",
     ]
-    assert "  rewrite: Subject 1 lies in Rome → Oslo" in lines
-    assert not any("locality" in line for line in lines)
     assert any("75.0 % (-25.0)" in line for line in lines)
+    assert [line.split() for line in lines if line.startswith("m.")] == [
+        ["m.1", "0.5000", "0.6250", "20.000", "20.500"],
+        ["m.2", "0.0000", "0.1250", "-", "30.000"],
+    ]
+
+
+def test_a_difference_without_one_says_so_and_shows_no_empty_table() -> None:
+    """Neither facts, answers nor sizes; a version that another fact is in does not say so."""
+    same = "the same edits on both sides"
+    text = rendered(report.diff_view(("base", "base"), ({}, {}), [], ([], []), ({}, {})))
+    assert same in text and "changed" not in text and "module" not in text
+    text = rendered(report.diff_view(("base", "abc"), ({}, {"a": an_edit(1)}), [], ([], []), ({}, {})))
+    assert same not in text and "+ Subject 1 lies in Rome" in text
+
+
+def test_a_difference_of_very_many_answers_shows_the_first_hundred() -> None:
+    """And how to see the rest."""
+    moved = [("Rome", Answer(f"f{n}", REWRITE, f"prompt {n}", ("Oslo",), "Bern", "Oslo", True)) for n in range(103)]
+    for there, left in ((103, 3), (100, 0)):
+        text = rendered(report.diff_view(("a", "b"), ({}, {}), moved[:there], ([], []), ({}, {})))
+        assert len(re.findall(r"rewrite: prompt \d+", text)) == 100 and f"{there} answers changed:" in text
+        assert ("… and 3 more (editctl diff --json)" in text) == bool(left)
+
+
+@pytest.mark.parametrize(("before", "higher", "style"), [(0.5, True, "32"), (1.0, True, "31"), (0.5, False, "31")])
+def test_a_metric_that_changed_says_by_how_much_and_whether_for_the_better(
+    before: float, higher: bool, style: str
+) -> None:
+    """Green is better, whichever way that is; without a change no number stands in brackets."""
+    sides = [Metric("m", "generated", value, 4, higher) for value in (before, 0.75)]
+    change = f"({100 * (0.75 - before):+.1f})"
+    text = rendered(report.metrics_view(sides[1:], sides[:1]), colour=True)
+    assert f"\x1b[{style}m {change}" in text
+    assert "(" not in rendered(report.metrics_view(sides[1:], sides[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log, and what is wrong with a store
+
+
+def test_the_log_tells_why_who_when_and_by_which_command() -> None:
+    """The newest is marked; without a note or a command there is no line for it."""
+    operations = [
+        an_operation(id=2, verb="undo", head="", who="bob@lab", command="", description="undid operation 1 (apply)"),
+        an_operation(note="the source was read"),
+    ]
+    lines = [" ".join(line.split()) for line in rendered(report.log_view(operations), 140).splitlines()]
+    assert lines[1:] == [
+        "@ 2 undo base 2026-08-01T12:00:00+00:00 bob@lab undid operation 1 (apply)",
+        "1 apply 0123456789ab 2026-08-01T12:00:00+00:00 ada@lab version 0123456789ab with 1 edit",
+        "“the source was read”",
+        "editctl apply",
+    ]
+    assert "nothing was applied yet" in rendered(report.log_view([]))
+
+
+def test_the_log_names_versions_by_their_aliases_and_counts_what_is_older() -> None:
+    """As they are now, each beside the newest operation that led to its version."""
+    now = {"stable": "0123456789ab", "clean": "", "gone": "f" * 12}
+    operations = [
+        an_operation(id=5, verb="alias", aliases=now),
+        an_operation(id=4, verb="undo", head="", aliases={"old": ""}),
+        an_operation(id=3, head="0123456789ab"),
+    ]
+    lines = [" ".join(line.split()) for line in rendered(report.log_view(operations), 140).splitlines()]
+    assert [line for line in lines if line in ("stable", "clean", "gone", "old")] == []
+    text = "\n".join(lines)
+    assert text.index("@ 5 alias") < text.index("stable editctl apply") < text.index("4 undo base")
+    assert text.index("4 undo base") < text.index("clean editctl apply") < text.index("3 apply")
+    assert text.count("stable") == 1 and "gone" not in text and "old\n" not in text
+    assert lines[-1] == "… and 2 older (editctl log --all)"
+    assert "older" not in rendered(report.log_view([*operations[:1], an_operation(id=1)]))
+
+
+@pytest.mark.parametrize(
+    ("faults", "versions", "rebuilt", "lines"),
+    [
+        ([], 2, 2, ["ok: database, records and files are whole; 2 versions rebuilt to the bit"]),
+        ([], 1, 0, ["ok: database, records and files are whole; 1 version not rebuilt"]),
+        (
+            [Fault("file x", "is lost", "find it")],
+            None,
+            0,
+            ["wrong: file x is lost", "  hint: find it", "1 thing wrong"],
+        ),
+        (
+            [Fault("file x", "is lost", "find it", True), Fault("version v", "is odd", "ask"), Fault("y", "z", "w")],
+            None,
+            3,
+            [
+                "mended: file x is lost",
+                "wrong: version v is odd",
+                "  hint: ask",
+                "wrong: y z",
+                "  hint: w",
+                "2 things wrong",
+            ],
+        ),
+        (
+            [Fault("file x", "is lost", "find it", True)],
+            3,
+            3,
+            ["mended: file x is lost", "ok: database, records and files are whole; 3 versions rebuilt to the bit"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_store_is_told_a_line_each(
+    faults: list[Fault], versions: int | None, rebuilt: int, lines: list[str]
+) -> None:
+    """With a remedy where nothing was mended, and one line for the whole."""
+    assert rendered(report.faults_view(faults, versions, rebuilt)).splitlines() == lines
 
 
 def test_a_table_of_a_study_is_markdown() -> None:
@@ -322,7 +518,9 @@ def test_a_run_away_from_a_terminal_is_told_in_plain_lines() -> None:
         emit(events.Progress("target", 1, 25))
         emit(events.NullSpace(2, 700, 1280, 0.099))
         emit(events.Note(NASTY))
+        emit(events.GateFailed("reliability", 0.95, 0.5, ["fact-1"]))
     text = out.getvalue()
+    assert "gate reliability is 50.0 %, wanted 95.0 %\n" in text
     assert "Editing atlas on cpu (float32) with alphaedit: 2 edits" in text
     assert "block 2: 700 of 1280 directions are free (9.9 % of the energy)" in text
     assert "note: [red]x[/red]" in text
@@ -330,7 +528,7 @@ def test_a_run_away_from_a_terminal_is_told_in_plain_lines() -> None:
     assert "2.5" not in text
 
 
-@pytest.mark.parametrize("stage", ["load", "statistics", "before", "target", "solve", "after", "commit"])
+@pytest.mark.parametrize("stage", ["load", "statistics", "before", "target", "solve", "after", "commit", "rebuild"])
 def test_a_run_on_a_terminal_shows_every_stage_without_failing(stage: str) -> None:
     """Bars, losses and notes go to the terminal; a note's own escapes do not."""
     out = io.StringIO()
@@ -341,6 +539,7 @@ def test_a_run_on_a_terminal_shows_every_stage_without_failing(stage: str) -> No
         emit(events.TargetStep(1, 1, 2.5, 2))
         emit(events.LayerSolved(1, 2, 0.5, 10.0, 0.1))
         emit(events.Note(NASTY))
+        emit(events.GateFailed(NASTY, 0.95, None, []))
         emit(events.VersionMade("v", "p", "w", {}, 1.0))
     assert "\x1b[31m\x1b]0;title" not in out.getvalue()
     assert "note: [red]x[/red]" in out.getvalue()

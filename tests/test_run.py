@@ -22,12 +22,14 @@ from editctl import delta as delta_files
 from editctl import report
 from editctl.delta import Delta, Factors
 from editctl.engine import methods, prompts, speak, statistics, target
+from editctl.engine.asking import Said, request_of
 from editctl.engine.methods import METHODS, POST, PRESERVE, Settings
 from editctl.engine.model import DTYPES, Model, load
-from editctl.engine.run import Said, deltas_of, measure, request_of, run, wearing
+from editctl.engine.run import measure, run
 from editctl.engine.solve import Kernel, Projector
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
+from editctl.engine.wear import deltas_of, wearing
 from editctl.errors import EditctlError, InvalidInput, StalePlan, StoreError
 from editctl.events import (
     Event,
@@ -139,9 +141,11 @@ def test_the_same_plan_in_two_stores_makes_the_same_weights(
     fresh: Any, tmp_path: Path, corpus: Path, few_words: None
 ) -> None:
     """And the same factor files; another seed's contexts make others."""
-    made = [apply(fresh(), Store(tmp_path / name), FACTS, corpus) for name in ("one", "two")]
+    stores = [Store(tmp_path / name) for name in ("one", "two")]
+    made = [apply(fresh(), store, FACTS, corpus) for store in stores]
+    files = [store.deltas(version) for store, version in zip(stores, made, strict=True)]
     assert made[0].weights_hash == made[1].weights_hash
-    assert made[0].deltas == made[1].deltas
+    assert files[0] == files[1]
     assert apply(fresh(), Store(tmp_path / "three"), FACTS, corpus, seed=1).weights_hash != made[0].weights_hash
 
 
@@ -218,7 +222,7 @@ def test_later_batches_are_solved_with_the_history_of_earlier_ones(
     """Within one run and across two: each factor is what a kernel gives that solved what came before it."""
     apply(llama, store, FACTS[:2], corpus)
     version = apply(llama, store, FACTS, corpus)
-    deltas = [delta_files.load(name, store.deltas_dir) for name in version.deltas]
+    deltas = [delta_files.load(name, store.deltas_dir) for name in store.deltas(version)]
     settings = Settings.from_params(deltas[0].params)
     for module in deltas[0].modules:
         batches = [[d.modules[module].keys, d.modules[module].residuals] for d in deltas]
@@ -234,17 +238,19 @@ def test_dropping_one_edit_solves_the_rest_again_without_it(
 ) -> None:
     """What remains is a fresh kernel's answer to the stored keys and residuals; earlier batches stay as they are."""
     whole = apply(llama, store, FACTS, corpus)
-    old = [delta_files.load(name, store.deltas_dir) for name in whole.deltas]
+    old = [delta_files.load(name, store.deltas_dir) for name in store.deltas(whole)]
     rest = [edit for i, edit in enumerate(FACTS) if i != gone]
     told: list[Event] = []
     version = apply(llama, store, rest, corpus, prune=True, emit=told.append)
     assert not any(isinstance(event, TargetStep | Note) for event in told), "no gradient is needed"
     assert [live.edit.id for live in store.edits(version)] == [edit.id for edit in rest]
-    new = [delta_files.load(name, store.deltas_dir) for name in version.deltas]
+    new = [delta_files.load(name, store.deltas_dir) for name in store.deltas(version)]
     settings = Settings.from_params(old[0].params)
     wanted_ids = [[id for id in delta.edits if id != FACTS[gone].id] for delta in old]
     assert [list(delta.edits) for delta in new] == wanted_ids
-    assert (whole.deltas[0] == version.deltas[0]) == (gone >= 2), "a batch before the change keeps its file"
+    assert (store.deltas(whole)[0] == store.deltas(version)[0]) == (gone >= 2), (
+        "a batch before the change keeps its file"
+    )
     for module in old[0].modules:
         stored = []
         for delta in old:
@@ -271,9 +277,9 @@ def test_dropping_a_whole_batch_leaves_no_file_of_it_in_the_version(
     base = llama.weights_hash()
     whole = apply(llama, store, FACTS, corpus)
     version = apply(llama, store, FACTS[2:], corpus, prune=True)
-    assert len(version.deltas) == 1 and version.deltas[0] not in whole.deltas
+    assert len(store.deltas(version)) == 1 and store.deltas(version)[0] not in store.deltas(whole)
     empty = apply(llama, store, [], corpus, prune=True)
-    assert empty.deltas == () and empty.weights_hash == base == hash_of(llama, store, empty)
+    assert store.deltas(empty) == () and empty.weights_hash == base == hash_of(llama, store, empty)
     assert store.edits(empty) == ()
 
 
@@ -282,17 +288,17 @@ def test_replacing_an_edit_takes_the_old_one_out(llama: Model, store: Store, cor
     first = apply(llama, store, FACTS, corpus)
     noted = [FACTS[0].model_copy(update={"note": "seen"}), *FACTS[1:]]
     second = apply(llama, store, noted, corpus)
-    assert second.weights_hash == first.weights_hash and second.deltas == first.deltas
+    assert second.weights_hash == first.weights_hash and store.deltas(second) == store.deltas(first)
     assert store.edits(second)[0].edit.note == "seen"
     changed = [noted[0].model_copy(update={"target_new": "London"}), *FACTS[1:]]
     third = apply(llama, store, changed, corpus)
     assert [live.edit.id for live in store.edits(third)] == ["ada", "curie", "rome", "tower"]
     assert third.weights_hash != first.weights_hash
     assert [(live.delta, live.column) for live in store.edits(third)] == [
-        (third.deltas[0], 0),
-        (third.deltas[1], 0),
-        (third.deltas[1], 1),
-        (third.deltas[2], 0),
+        (store.deltas(third)[0], 0),
+        (store.deltas(third)[1], 0),
+        (store.deltas(third)[1], 1),
+        (store.deltas(third)[2], 0),
     ]
     assert hash_of(llama, store, third) == third.weights_hash
 
@@ -301,7 +307,7 @@ def test_a_file_of_another_method_is_solved_by_it(llama: Model, store: Store, co
     """In a batch of its own, whose parameters say so."""
     mixed = [FACTS[0], FACTS[1].model_copy(update={"method": "memit"}), FACTS[2]]
     version = apply(llama, store, mixed, corpus, batch_size=10)
-    deltas = [delta_files.load(name, store.deltas_dir) for name in version.deltas]
+    deltas = [delta_files.load(name, store.deltas_dir) for name in store.deltas(version)]
     assert [(delta.edits, delta.params["method"]) for delta in deltas] == [
         (("tower",), "alphaedit"),
         (("ada",), "memit"),
@@ -363,7 +369,7 @@ def test_a_store_whose_weights_cannot_be_rebuilt_is_told(
         other.net.model.norm.weight[0] += 1
     with pytest.raises(StoreError, match=version.id):
         measure(other, store, version, None, silent)
-    path = store.deltas_dir / f"{version.deltas[0]}.safetensors"
+    path = store.deltas_dir / f"{store.deltas(version)[0]}.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = model.weights_hash()
@@ -546,15 +552,15 @@ def test_batches_that_leave_nothing_to_solve_again_from_are_sought_anew(
 
     first = applied(ready, FACTS[:2])
     second = applied(ready, FACTS[:3])
-    assert second.deltas[0] == first.deltas[0] and notes(told) == []
+    assert ready.deltas(second)[0] == ready.deltas(first)[0] and notes(told) == []
     third = applied(ready, FACTS[1:3], prune=True)
     assert len(notes(told)) == 2
     assert hash_of(load(llama.name, device="cpu"), ready, third) == third.weights_hash
     other = Store(tmp_path / "other")
     applied(other, [ADA])
     alone = applied(other, [ADA, CURIE])
-    assert third.deltas == alone.deltas and third.weights_hash == alone.weights_hash
-    assert not set(third.deltas) & set(second.deltas), "what goes must matter to what stays"
+    assert ready.deltas(third) == other.deltas(alone) and third.weights_hash == alone.weights_hash
+    assert not set(ready.deltas(third)) & set(ready.deltas(second)), "what goes must matter to what stays"
 
 
 def test_what_is_sought_anew_records_the_seed_it_was_sought_with(
@@ -565,9 +571,10 @@ def test_what_is_sought_anew_records_the_seed_it_was_sought_with(
     apply(llama, ready, FACTS[:3], corpus, method="nse", seed=2)
     assert [delta.params["seed"] for delta in deltas_of(ready, ready.head())] == [1, 2]
     anew = apply(llama, ready, [ADA], corpus, method="nse", prune=True)
-    alone = apply(llama, Store(tmp_path / "other"), [ADA], corpus, method="nse")
+    other = Store(tmp_path / "other")
+    alone = apply(llama, other, [ADA], corpus, method="nse")
     assert [delta.params["seed"] for delta in deltas_of(ready, anew)] == [0]
-    assert anew.deltas == alone.deltas
+    assert ready.deltas(anew) == other.deltas(alone)
 
 
 @pytest.mark.parametrize(("method", "alike"), [("rome", True), ("r-rome", True), ("alphaedit", False)])
@@ -618,7 +625,7 @@ def test_probes_about_the_subject_itself_say_what_its_target_shall_keep(
         seen.extend(groups)
         return optimise(model, layer, groups, *arguments, **named)
 
-    monkeypatch.setattr("editctl.engine.run.optimise", look)
+    monkeypatch.setattr("editctl.engine.editor.optimise", look)
     version = apply(llama, ready, [PROBED, ADA], corpus)
     said = {a.prompt: a.before for a in ready.answers(version)}
     tower, ada = seen
@@ -647,7 +654,7 @@ def outside(model: Model, store: Store, version: Version) -> list[float]:
 def shown(store: Store, version: Version) -> str:
     """A version as it is printed."""
     out = io.StringIO()
-    view = report.version_view(version, [], [], [], store.footprint(version), everything=False)
+    view = report.version_view(version, 0, [], [], store.footprint(version), rows=None)
     Console(file=out, width=200).print(view)
     return out.getvalue()
 
@@ -704,8 +711,8 @@ def test_every_method_makes_a_version_that_is_rebuilt_and_undone(
     assert len(shares) == 2 * len(version.params["layers"])
     assert max(shares) < 1e-5 if preserved else min(shares) > 0.1
     kind = "dense" if METHODS[name].tune or (name == "rect" and preserved) else "sparse" if name == "rect" else "thin"
-    size = sum((every.deltas_dir / f"{file}.safetensors").stat().st_size for file in version.deltas)
-    assert every.footprint(version) == (size, (kind,))
+    size = sum((every.deltas_dir / f"{file}.safetensors").stat().st_size for file in every.deltas(version))
+    assert every.footprint(version) == (2, size, (kind,))
     assert f"2 files, {size / 2**20:.1f} MB, {kind}" in [
         line.removeprefix("factors").strip() for line in shown(every, version).splitlines()
     ]
@@ -745,21 +752,22 @@ def test_no_run_depends_on_what_its_process_did_before(llama: Model, tmp_path: P
     for order in (list(plans), list(plans)[::-1]):
         for name in order:
             store = Store(tmp_path / f"{name}-{len(found[name])}")
-            found[name].append(apply(llama, store, plans[name], corpus, method=name).deltas)
+            found[name].append(store.deltas(apply(llama, store, plans[name], corpus, method=name)))
             torch.manual_seed(7)
             torch.rand(11)
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tiny\n"
         "from pathlib import Path; from editctl.engine.model import load; from editctl.store import Store\n"
         f"model, store = load({llama.name!r}, device='cpu'), Store(Path({str(tmp_path / 'alone')!r}))\n"
-        f"print(*tiny.apply(model, store, tiny.FACTS[2:], Path({str(corpus)!r}), method='nse').deltas)"
+        f"print(*store.deltas(tiny.apply(model, store, tiny.FACTS[2:], Path({str(corpus)!r}), method='nse')))"
     )
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert alone.returncode == 0, alone.stderr
     found["nse"].append(tuple(alone.stdout.split()))
     assert [len(set(names)) for names in found.values()] == [1, 1]
-    other = apply(llama, Store(tmp_path / "seed"), FACTS[2:], corpus, method="nse", seed=1)
-    assert other.deltas not in found["nse"], "another plan must make other files"
+    store = Store(tmp_path / "seed")
+    other = apply(llama, store, FACTS[2:], corpus, method="nse", seed=1)
+    assert store.deltas(other) not in found["nse"], "another plan must make other files"
 
 
 def updates(store: Store, version: Version) -> dict[str, Tensor]:

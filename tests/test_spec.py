@@ -99,15 +99,27 @@ BAD = [
     pytest.param(
         "version = 1\nx = " + "[" * 2000 + "]" * 2000,
         "spec.toml:1: not valid TOML: TOML inline arrays/tables are nested more than the allowed 400 levels",
-        "no field of a spec takes such a value",
+        "no key takes such a value",
         id="lists-too-deep",
     ),
     pytest.param(
         "version = " + "1" * 5000,
         "spec.toml:1: not valid TOML: "
         "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
-        "no field of a spec takes such a value",
+        "no key takes such a value",
         id="number-too-long",
+    ),
+    pytest.param(
+        "version = 0x" + "f" * 5000,
+        "spec.toml:1: version is a number, which this editctl cannot read",
+        "write version = 1",
+        id="number-too-long-to-write",
+    ),
+    pytest.param(
+        "version = 1\n\n[" + ".".join("a" * 17) + "]\n" + "x = 1\n" * 2,
+        "spec.toml:3: not valid TOML: a key has more than 16 parts",
+        "no key of editctl's files has that many",
+        id="key-of-too-many-parts",
     ),
     pytest.param(
         'version = 1\n[[edit]]\nsubject = "\x1b[31mRome"\n',
@@ -629,6 +641,51 @@ def test_too_much_is_refused(monkeypatch):
     ]
     monkeypatch.setattr(spec, "MAX_BYTES", 100)
     assert [str(found) for found in check([FILE]).problems] == ["spec.toml:1: is larger than 0 MB"]
+    monkeypatch.setattr(spec, "MAX_FILES", 2)
+    for name in "abc":
+        Path(f"{name}.toml").touch()
+    assert [str(found) for found in check([Path(".")]).problems] == [".:1: makes more than 2 spec files"]
+    assert len(check([Path("a.toml"), Path("b.toml"), Path("b.toml")]).problems) == 2
+
+
+def test_of_many_problems_the_first_thousand_are_told():
+    """Then reading ends, in one file and over several; so do warnings, without ending anything."""
+    many = "version = 1\n" + "".join(f"[[edit]]\nsubject = 'S{i}'\nrelation = 'x'\n" for i in range(5000))
+    found = checked(many).problems
+    assert len(found) == 1001
+    assert sum("has more than 1000 problems" in one.message for one in found) == 1
+    Path("other.toml").write_text(many)
+    Path("third.toml").write_text(many)
+    found = check([FILE, Path("other.toml"), Path("third.toml")]).problems
+    assert len(found) == 1002
+    assert found[0].message == "was not read, for there are more than 1000 problems before it"
+    alike = edit().partition("\n")[2]
+    twice = "version = 1\n" + "".join(alike.replace("is in", f"is in {i}") for i in range(1500))
+    report = checked(twice)
+    assert (len(report.edits), len(report.problems), len(report.warnings)) == (1500, 0, 1001)
+    assert "no more are told" in report.warnings[-1].message
+
+
+def test_a_text_too_long_is_told_of_once_and_not_looked_into():
+    """A place for the subject in it would be filled with another megabyte each time."""
+    text = edit(subject="a" * 1_000_000, relation="{}" * 500_000)
+    assert [found.message[:40] for found in checked(text).problems] == [
+        "subject has 1000000 characters, at most ",
+        "relation has 1000000 characters, at most",
+    ]
+
+
+def test_a_path_that_no_file_has_is_a_missing_file():
+    """A NUL ends a path for the operating system."""
+    assert [found.message for found in check([Path("a\0b.toml")]).problems] == ["no such file"]
+
+
+@pytest.mark.parametrize("c", "\u061c\u200e\u200f\xad\u2060\u180e\U000e0041\ufff9")
+def test_characters_that_nobody_sees_or_that_turn_the_direction_are_refused(c):
+    """Joiners are not: Persian and Hindi words are spelled with them."""
+    [found] = checked(edit(subject=f"To{c}wer")).problems
+    assert "subject contains a" in found.message and found.message.isprintable()
+    assert not checked(edit(subject="\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645")).problems
 
 
 def test_an_empty_folder_is_warned_of():
@@ -1035,7 +1092,7 @@ def ways(value, way=()):
 def test_every_value_of_a_file_has_a_line(data):
     """The scanner and the TOML parser see the same keys, items and tables."""
     text = tomlkit.dumps(data)
-    assert set(spec._locate(text)) == ways(tomli.loads(text))
+    assert set(spec.locate(text)) == ways(tomli.loads(text))
 
 
 def test_visible_text_has_no_character_that_acts():

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from editctl import store as store_module
 from editctl.errors import EditctlError, Exit, Locked, StalePlan, StoreError
 from editctl.metrics.values import Answer, Metric
 from editctl.spec import Edit
-from editctl.store import Draft, LiveEdit, Operation, Store, Version
+from editctl.store import CANDIDATE, Draft, Fault, LiveEdit, Operation, Store, Stored, Version, View, care
 
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
+FAST = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
+"""Where stores of many commits lie: in memory where that can be had, for a commit waits for the disk."""
 
 
 def an_edit(number: int = 0, **changes: Any) -> Edit:
@@ -45,11 +47,12 @@ def a_draft(parent: str = "", **changes: Any) -> Draft:
         "method": "alphaedit",
         "params": {"layers": [2, 3], "ridge": 0.5, "nested": {"on": True}},
         "seed": 7,
-        "deltas": (),
         "weights_hash": "w" * 32,
         "libraries": {"torch": "2.13.0"},
         "seconds": {"solve": 0.25},
         "peak_mb": 812.5,
+        "norms": {"model.layers.2.mlp.down_proj": (0.1, 31.25)},
+        "gates": {"reliability": 0.95},
         "edits": (),
     }
     return Draft(**{**values, **changes})
@@ -59,16 +62,34 @@ def id_of(version: Version | None) -> str:
     return version.id if version else ""
 
 
-def commit(store: Store, **changes: Any) -> Version:
-    """Commit on top of the head."""
+def commit(store: Store, on: str | None = None, **changes: Any) -> Version:
+    """Commit on top of the head, or on another version."""
     head = id_of(store.head())
-    return store.commit(a_draft(parent=head, **changes), expected_head=head)
+    how = {name: changes.pop(name) for name in ("hold", "instead_of", "without", "note", "verb") if name in changes}
+    return store.commit(a_draft(parent=head if on is None else on, **changes), expected_head=head, **how)
+
+
+def live(store: Store, number: int, delta: str, column: int = 0, **changes: Any) -> LiveEdit:
+    """An edit and the place of its column in a factor file that is there."""
+    return LiveEdit(an_edit(number, **changes), put_factor(store, delta), column)
+
+
+def contents(lives: Sequence[LiveEdit]) -> list[tuple[Edit, str, int]]:
+    """Live edits read whole, so that those of a draft compare with those of the store."""
+    return [(live.edit, live.delta, live.column) for live in lives]
 
 
 def put_factor(store: Store, name: str) -> str:
     store.deltas_dir.mkdir(parents=True, exist_ok=True)
     (store.deltas_dir / f"{name}.safetensors").write_bytes(b"")
     return name
+
+
+def rows_of(store: Store, table: str) -> int:
+    """How many rows a table has."""
+    with closing(sqlite3.connect(store.database)) as db:
+        found: tuple[int] = db.execute(f"select count(*) from {table}").fetchone()
+    return found[0]
 
 
 def on_disk(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -93,14 +114,16 @@ def test_a_store_never_written_reads_as_empty_and_leaves_no_trace(store: Store) 
     assert store.head() is None
     assert store.versions() == []
     assert store.operations() == []
-    assert store.aliases() == {}
+    assert store.view() == View()
     assert store.resolve("@") is None
     assert store.resolve("base") is None
-    assert (store.edits(None), store.answers(None), store.metrics(None), store.events(None)) == ((), (), (), ())
+    assert (store.edits(None), store.deltas(None), store.answers(None)) == ((), (), ())
+    assert (store.metrics(None), store.events(None), store.last_answers(None, ["fact-0"])) == ((), (), ())
+    assert care.inspect(store) == []
     assert not store.root.exists()
 
 
-@pytest.mark.parametrize("verb", ["undo", "redo", "restore", "set_alias"])
+@pytest.mark.parametrize("verb", ["undo", "redo", "restore", "set_alias", "accept", "reject"])
 def test_moving_the_head_of_a_store_never_written_fails_and_leaves_no_trace(store: Store, verb: str) -> None:
     """A command in the wrong folder does not make a store there."""
     arguments = {"restore": ("base",), "set_alias": ("stable", "base")}.get(verb, ())
@@ -113,9 +136,9 @@ def test_moving_the_head_of_a_store_never_written_fails_and_leaves_no_trace(stor
 
 def test_a_version_comes_back_as_it_was_drafted(store: Store) -> None:
     """Every field of the draft, who and when, from another Store object."""
-    draft = a_draft(deltas=(put_factor(store, "d1"), put_factor(store, "d2")), note="naïve\0\N{SNOWMAN}")
+    draft = a_draft(edits=(live(store, 1, "d2"), live(store, 2, "d1")))
 
-    made = store.commit(draft, command="editctl apply", expected_head="")
+    made = store.commit(draft, command="editctl apply", note="naïve\0\N{SNOWMAN}", expected_head="")
 
     again = Store(store.root)
     assert again.head() == made
@@ -123,9 +146,11 @@ def test_a_version_comes_back_as_it_was_drafted(store: Store) -> None:
     assert (made.created_at, made.who, len(made.id)) == ("2026-08-01T12:00:00+00:00", "ada@lab", 12)
     common = [name for name in Draft.__dataclass_fields__ if name in Version.__dataclass_fields__]
     assert {name: getattr(made, name) for name in common} == {name: getattr(draft, name) for name in common}
-    description = f"version {made.id} with 0 edits"
-    first = Operation(1, 0, "apply", "", made.id, made.created_at, "ada@lab", "editctl apply", 0, description)
-    assert again.operations() == [first]
+    assert {"norms", "gates", "params", "parent", "weights_hash"} <= set(common)
+    assert contents(again.edits(made)) == contents(draft.edits) and again.deltas(made) == ("d2", "d1")
+    description, words = f"version {made.id} with 2 edits", "naïve\0\N{SNOWMAN}"
+    told = (made.created_at, "ada@lab", "editctl apply", 0, description, words, made.id)
+    assert again.operations() == [Operation(1, 0, "apply", "", made.id, *told)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -142,7 +167,7 @@ def test_what_was_measured_and_heard_comes_back_exactly(
     answers: list[Answer], metrics: list[Metric], events: list[str]
 ) -> None:
     """Order, repetition, odd characters, infinities and every bit of a number survive."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
         store = Store(Path(folder))
 
         made = commit(store, answers=tuple(answers), metrics=tuple(metrics), events=tuple(events))
@@ -161,17 +186,33 @@ def test_a_metric_that_is_not_a_number_comes_back_as_such(store: Store) -> None:
 
 def test_edits_come_back_in_order_and_their_text_is_kept_once(store: Store) -> None:
     """Versions share the text of the edits they share; equal edits in one version stay two."""
-    one = LiveEdit(an_edit(1, note="Ĝis!", tags=("a",)), put_factor(store, "d1"), 0)
-    two = LiveEdit(an_edit(2), "d1", 1)
-    twin = LiveEdit(an_edit(1, note="Ĝis!", tags=("a",)), put_factor(store, "d2"), 0)
+    one = live(store, 1, "d1", note="Ĝis!", tags=("a",))
+    two = live(store, 2, "d1", 1)
+    twin = live(store, 1, "d2", note="Ĝis!", tags=("a",))
 
     first = commit(store, edits=(two, one))
     second = commit(store, edits=(two, one, twin))
 
-    assert store.edits(first) == (two, one)
-    assert store.edits(second) == (two, one, twin)
-    with sqlite3.connect(store.database) as db:
-        assert db.execute("select count(*), min(weights_fingerprint) from edits").fetchone()[0] == 2
+    assert contents(store.edits(first)) == contents((two, one))
+    assert contents(store.edits(second)) == contents((two, one, twin))
+    assert rows_of(store, "edits") == 2
+
+
+def test_what_a_plan_asks_of_an_edit_is_known_without_reading_it(store: Store) -> None:
+    """A hundred thousand are compared with the specs before a run; the edit itself is only text until it is wanted."""
+    edit = an_edit(1, relation="Where {} lies is", note="n")
+    version = commit(store, edits=(LiveEdit(edit, put_factor(store, "d1"), 0),))
+
+    (found,) = store.edits(version)
+
+    assert (found.known.id, found.known.prompt) == ("fact-1", "Where Subject 1 lies is")
+    assert found.known.weights_fingerprint == edit.weights_fingerprint
+    assert found.known.notes_fingerprint == edit.notes_fingerprint
+    assert isinstance(found.known, Stored) and found.known.text.startswith("{")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Edit, "from_json", lambda data: pytest.fail("read whole"))
+        assert [one.known for one in Store(store.root).edits(version)] == [found.known]
+    assert found.edit == edit
 
 
 def test_the_same_draft_at_the_same_time_makes_another_version(store: Store) -> None:
@@ -183,6 +224,164 @@ def test_the_same_draft_at_the_same_time_makes_another_version(store: Store) -> 
     assert first.id != second.id
     assert replace(first, id="") == replace(second, id="")
     assert store.versions() == [second, first]
+
+
+# What a version shares with those below it
+
+
+def test_a_chain_that_only_adds_keeps_one_row_an_edit(store: Store) -> None:
+    """Not one for each version that the edit lives through; every version is read whole all the same."""
+    lives = [live(store, n, f"d{n // 2}", n % 2) for n in range(6)]
+    made = [commit(store, edits=tuple(lives[: n + 1])) for n in range(6)]
+
+    assert rows_of(store, "version_edits") == 6
+    for n, version in enumerate(made):
+        assert contents(store.edits(version)) == contents(lives[: n + 1])
+        assert store.deltas(version) == ("d0", "d1", "d2")[: n // 2 + 1]
+    # Control: where the first place is another, none of the parent's rows can stand for the version's.
+    commit(store, edits=(*lives[1:], lives[0]))
+    assert rows_of(store, "version_edits") == 6 + 6
+
+
+def changed(store: Store, lives: Sequence[LiveEdit], how: str) -> tuple[LiveEdit, ...]:
+    """What five live edits become, two of them in each of the first two files."""
+    moved = [one._replace(delta=put_factor(store, "d9")) for one in lives]
+    return {
+        "nothing changes": tuple(lives),
+        "one is added": (*lives, live(store, 9, "d9")),
+        "the last is dropped": tuple(lives[:-1]),
+        "the middle one is dropped": (*lives[:2], moved[3], *lives[4:]),
+        "the first is dropped": (*moved[1:],),
+        "all are dropped": (),
+        "the second is measured again": (lives[0], live(store, 1, "d0", 1, note="seen"), *lives[2:]),
+        "the last lies elsewhere": (*lives[:4], lives[4]._replace(column=1)),
+    }[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [
+        ("nothing changes", 0),
+        ("one is added", 1),
+        ("the last is dropped", 0),
+        ("the middle one is dropped", 2),
+        ("the first is dropped", 4),
+        ("all are dropped", 0),
+        ("the second is measured again", 4),
+        ("the last lies elsewhere", 1),
+    ],
+)
+def test_a_version_keeps_the_places_from_the_first_that_differs(store: Store, how: str, rows: int) -> None:
+    """Also where the next one is back at what was before; no version below is touched."""
+    lives = [live(store, n, f"d{n // 2}", n % 2) for n in range(5)]
+    wanted = changed(store, lives, how)
+    first = commit(store, edits=tuple(lives))
+
+    second = commit(store, edits=wanted)
+
+    assert rows_of(store, "version_edits") == 5 + rows
+    third = commit(store, edits=tuple(lives))
+    assert contents(store.edits(second)) == contents(wanted)
+    assert store.deltas(second) == tuple(dict.fromkeys(one.delta for one in wanted))
+    assert contents(store.edits(first)) == contents(store.edits(third)) == contents(lives)
+
+
+def test_branches_keep_what_they_share_in_the_version_below(store: Store) -> None:
+    """An undo and another apply: both branches stand on the same rows."""
+    lives = [live(store, n, "d0", n) for n in range(4)]
+    below = commit(store, edits=tuple(lives[:2]))
+    left = commit(store, edits=tuple(lives[:3]))
+    store.undo()
+    right = commit(store, edits=(*lives[:2], lives[3]))
+
+    assert rows_of(store, "version_edits") == 4
+    assert left.parent == right.parent == below.id
+    assert contents(store.edits(left)) == contents(lives[:3])
+    assert contents(store.edits(right)) == contents([*lives[:2], lives[3]])
+
+
+PLACED = st.tuples(st.integers(0, 4), st.sampled_from(["", "n"]), st.integers(0, 3), st.integers(0, 1))
+"""Number and note of an edit, the file and the column it lies in."""
+STEPS = st.lists(
+    st.tuples(st.integers(0, 10**6), st.integers(0, 6), st.lists(PLACED, max_size=3), st.sets(st.integers(0, 4))),
+    min_size=1,
+    max_size=8,
+)
+"""For each version: which one it stands on, how many of its first edits it keeps, what follows, which are asked."""
+
+
+@settings(max_examples=20, deadline=None)
+@given(STEPS)
+def test_every_version_of_a_tree_is_read_back_as_it_was_made(steps: list[Any]) -> None:
+    """Edits, factor files and last answers, against lists that share nothing; and no row that a parent has is kept."""
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        store = Store(Path(folder))
+        trees: list[tuple[Version | None, list[LiveEdit], dict[str, list[Answer]]]] = [(None, [], {})]
+        rows = 0
+        for number, (on, keep, more, asked) in enumerate(steps):
+            parent, above, said = trees[on % len(trees)]
+            lives = above[:keep] + [live(store, n, f"d{file}", column, note=note) for n, note, file, column in more]
+            kinds = ("rewrite", "paraphrase")[: 1 + number % 2]
+            fresh = {f"fact-{n}": [an_answer(f"fact-{n}", kind, str(number)) for kind in kinds] for n in sorted(asked)}
+            answers = tuple(answer for some in fresh.values() for answer in some)
+            version = commit(store, on=id_of(parent), edits=tuple(lives), answers=answers, hold="no")
+            trees.append((version, lives, {**said, **fresh}))
+            same = [a == b for a, b in zip(contents(above), contents(lives), strict=False)]
+            rows += len(lives) - (same.index(False) if False in same else len(same))
+        assert rows_of(store, "version_edits") == rows
+        for number, (made, lives, said) in enumerate(trees):
+            assert contents(store.edits(made)) == contents(lives)
+            assert made is None or store.count(made) == len(lives)
+            other, others, _ = trees[number // 2]
+            texts, known = ([one.edit for one in side] for side in (lives, others))
+            here, there = store.differing(made, other)
+            assert contents(here) == contents([one for one in lives if one.edit not in known])
+            assert contents(there) == contents([one for one in others if one.edit not in texts])
+            assert store.deltas(made) == tuple(dict.fromkeys(one.delta for one in lives))
+            names = ["fact-0", "fact-2", "fact-4"]
+            wanted = {name: some for name, some in said.items() if name in names}
+            found: dict[str, list[Answer]] = {}
+            for answer in store.last_answers(made, names):
+                found.setdefault(answer.edit, []).append(answer)
+            assert found == wanted
+
+
+def test_what_differs_between_versions_is_what_one_of_them_has_as_it_is(store: Store) -> None:
+    """Where it lies does not count, a note does; the unedited model has nothing."""
+    lives = [live(store, n, "d0", n) for n in range(3)]
+    noted = live(store, 1, "d0", 1, note="seen")
+    first = commit(store, edits=tuple(lives))
+    second = commit(store, edits=(live(store, 2, "d7"), noted, live(store, 4, "d7", 1)))
+
+    before, after = store.differing(first, second)
+    assert [one.edit for one in before] == [lives[0].edit, lives[1].edit]
+    assert contents(after) == contents([noted, live(store, 4, "d7", 1)])
+    assert store.differing(second, first) == (after, before)
+    assert store.differing(first, first) == ((), ())
+    assert store.differing(None, first) == ((), store.edits(first))
+    assert (store.count(first), store.count(second)) == (3, 3)
+
+
+def an_answer(edit: str, kind: str, after: str) -> Answer:
+    return Answer(edit, kind, f"{edit} {kind}", ("Rome",), "Paris", after, after == "Rome")
+
+
+def test_the_last_answers_are_the_newest_of_each_edit_along_the_chain(store: Store) -> None:
+    """All of one time, oldest first; what a version beside the chain or above it heard does not count."""
+    first = commit(store, answers=(an_answer("a", "rewrite", "1"), an_answer("a", "paraphrase", "1")))
+    second = commit(store, answers=(an_answer("b", "rewrite", "2"), an_answer("c", "rewrite", "2")))
+    third = commit(store, answers=(an_answer("a", "rewrite", "3"),))
+    above = commit(store, answers=(an_answer("b", "rewrite", "4"),))
+    beside = commit(store, on=second.id, answers=(an_answer("a", "rewrite", "5"), an_answer("c", "rewrite", "5")))
+
+    def heard(version: Version | None, *edits: str) -> list[tuple[str, str, str]]:
+        return [(a.edit, a.kind, a.after) for a in store.last_answers(version, edits)]
+
+    assert heard(third, "a", "b", "z") == [("b", "rewrite", "2"), ("a", "rewrite", "3")]
+    assert heard(second, "a") == [("a", "rewrite", "1"), ("a", "paraphrase", "1")]
+    assert heard(above, "c", "b") == [("c", "rewrite", "2"), ("b", "rewrite", "4")]
+    assert heard(beside, "a", "b", "c") == [("b", "rewrite", "2"), ("a", "rewrite", "5"), ("c", "rewrite", "5")]
+    assert heard(first, "b") == heard(None, "a") == heard(third) == []
 
 
 # What lies beside the database
@@ -214,11 +413,11 @@ def test_a_versions_footprint_is_that_of_its_factor_files(store: Store, kinds: t
         for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
     ]
     put_tensors(store.deltas_dir / "other.safetensors", {"format": 1}, *OF_KIND["dense"])
-    version = commit(store, deltas=tuple(names))
-    assert store.footprint(version) == (sum(sizes), tuple(sorted(set(kinds))))
+    version = commit(store, edits=tuple(LiveEdit(an_edit(i), name, 0) for i, name in enumerate(names)))
+    assert store.footprint(version) == (len(names), sum(sizes), tuple(sorted(set(kinds))))
     if kinds:
         (store.deltas_dir / f"{names[0]}.safetensors").unlink()
-        assert store.footprint(version)[0] == sum(sizes[1:]), "a missing file has no size"
+        assert store.footprint(version)[:2] == (len(names), sum(sizes[1:])), "a missing file has no size"
 
 
 def test_the_second_moments_of_one_model_are_listed_by_block(store: Store) -> None:
@@ -248,7 +447,7 @@ class HeadMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=FAST))
         self.store = Store(self.folder, who="ada@lab")
         self.heads = [""]
         self.cursor = 0
@@ -322,7 +521,7 @@ class HeadMachine(RuleBasedStateMachine):
         assert self.store.versions() == self.made[::-1]
 
 
-HeadMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+HeadMachine.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
 TestHead = HeadMachine.TestCase
 
 
@@ -388,6 +587,240 @@ def test_restoring_an_operation_that_is_not_there_fails(store: Store, ref: str) 
     assert len(store.operations()) == 1
 
 
+# Candidates and reviews
+
+
+def test_a_version_that_is_held_waits_beside_the_head(store: Store) -> None:
+    """It is a candidate, `candidate` names it, the log says why, and it is read like any other."""
+    first = commit(store)
+    held = commit(store, edits=(live(store, 1, "d1"),), hold="reliability is 50.0 %, wanted 95.0 %", note="try")
+
+    assert store.head() == first
+    assert store.view() == View(first.id, (held.id,), {CANDIDATE: held.id})
+    assert store.resolve(CANDIDATE) == held and store.resolve("@") == first
+    assert [one.id for one in store.edits(held)] == ["fact-1"]
+    last = store.operations(1)[0]
+    assert (last.verb, last.head_before, last.head, last.about) == ("apply", first.id, first.id, held.id)
+    assert last.description == f"version {held.id} with 1 edit, a candidate: reliability is 50.0 %, wanted 95.0 %"
+    assert last.note == "try"
+    # Control: one that is not held becomes the head, and the candidate goes on waiting.
+    other = commit(store)
+    assert store.view() == View(other.id, (held.id,), {CANDIDATE: held.id})
+
+
+def test_accepting_makes_a_candidate_the_head(store: Store) -> None:
+    """With the words of who did it; what waited is closed and its name free."""
+    held = commit(store, hold="no")
+
+    done = store.accept(note="checked by hand", command="editctl accept")
+
+    assert store.head() == held and store.view() == View(held.id)
+    assert (done.verb, done.head_before, done.head, done.about) == ("accept", "", held.id, held.id)
+    assert (done.note, done.command, done.edits) == ("checked by hand", "editctl accept", ())
+    assert done.description == f"accepted version {held.id}"
+    with pytest.raises(StoreError, match="no version waits for review"):
+        store.accept()
+
+
+def test_rejecting_closes_a_candidate_and_keeps_it(store: Store) -> None:
+    """The head stays; the version can be looked at, but not become the head."""
+    first = commit(store)
+    held = commit(store, hold="no")
+
+    done = store.reject(note="wrong source")
+
+    assert store.view() == View(first.id) and done.about == held.id and done.note == "wrong source"
+    assert store.resolve(held.id) == held and held in store.versions()
+    tries: list[Callable[[], object]] = [store.reject, store.accept, lambda: store.restore(held.id)]
+    for again in tries:
+        with pytest.raises(StoreError):
+            again()
+    with pytest.raises(StoreError, match=f"version {held.id} is no candidate") as caught:
+        store.accept(held.id)
+    assert caught.value.hint
+
+
+def test_of_several_candidates_the_newest_has_the_name(store: Store) -> None:
+    """Deciding one passes it on; each is decided by its id too."""
+    one, two, three = (commit(store, hold="no") for _ in range(3))
+    assert store.view() == View("", (one.id, two.id, three.id), {CANDIDATE: three.id})
+
+    store.reject()
+    assert store.view() == View("", (one.id, two.id), {CANDIDATE: two.id})
+    store.accept(one.id[:8])
+    assert store.view() == View(one.id, (two.id,), {CANDIDATE: two.id})
+    store.reject()
+    assert store.view() == View(one.id)
+
+
+def test_a_candidate_is_accepted_only_on_the_head_it_was_made_on(store: Store) -> None:
+    """Exit code 5, as for a stale plan; back at that head it is good again."""
+    held = commit(store, hold="no")
+    other = commit(store)
+
+    with pytest.raises(StalePlan, match=f"made on base, the head is now {other.id}") as caught:
+        store.accept()
+    assert caught.value.exit_code == Exit.STALE and "editctl restore" in caught.value.hint
+    assert store.view().candidates == (held.id,)
+    store.undo()
+    assert store.accept().head == held.id
+
+
+def test_the_head_goes_to_no_version_that_was_never_accepted(store: Store) -> None:
+    """Not by its id, not by an alias; once it was the head, it can be again."""
+    held = commit(store, hold="no")
+    store.set_alias("mine", held.id)
+
+    for ref in (held.id, held.id[:6], "mine", CANDIDATE):
+        with pytest.raises(StoreError, match=f"version {held.id} was never accepted") as caught:
+            store.restore(ref)
+        assert f"editctl accept {held.id}" in caught.value.hint
+    store.accept()
+    store.restore("base")
+    assert store.restore("mine").head == held.id
+
+
+def test_what_a_review_makes_instead_takes_its_candidates_place(store: Store) -> None:
+    """Held or not; a review of the head leaves candidates alone."""
+    lives = [live(store, n, "d0", n) for n in range(3)]
+    first = commit(store, edits=tuple(lives[:1]))
+    held = commit(store, edits=tuple(lives), hold="no")
+    again = commit(
+        store, edits=tuple(lives[:2]), hold="no", instead_of=held.id, without=["fact-2"], verb="reject", note="odd"
+    )
+    assert store.view() == View(first.id, (again.id,), {CANDIDATE: again.id})
+    last = store.operations(1)[0]
+    assert (last.about, last.edits, last.note) == (held.id, ("fact-2",), "odd")
+    assert last.description == f"version {again.id} with 2 edits, without fact-2, a candidate: no"
+
+    good = commit(store, edits=tuple(lives[:1]), instead_of=again.id, without=["fact-1"], verb="reject")
+    assert store.view() == View(good.id)
+    waiting = commit(store, hold="no")
+    other = commit(store, instead_of=good.id, without=["fact-0"], verb="reject")
+    assert store.view() == View(other.id, (waiting.id,), {CANDIDATE: waiting.id})
+
+
+def test_reviews_are_those_of_a_version_that_are_in_effect(store: Store) -> None:
+    """Accepted edits, rejected ones, all of it; in order, with who and why. What was undone was never said."""
+    lives = tuple(live(store, n, "d0", n) for n in range(3))
+    held = commit(store, edits=lives, hold="no")
+    store.accept(edits=["fact-0", "fact-1"], note="read the source")
+    store.accept(edits=["fact-2"])
+    store.undo()
+    store.reject(note="once more")
+    store.undo()
+    store.accept(note="good enough")
+    commit(store, edits=lives[:2], instead_of=held.id, without=["fact-2"], verb="reject", note="wrong after all")
+
+    said = [(one.verb, one.edits, one.note, one.who) for one in store.reviews(held)]
+    assert said == [
+        ("accept", ("fact-0", "fact-1"), "read the source", "ada@lab"),
+        ("accept", (), "good enough", "ada@lab"),
+        ("reject", ("fact-2",), "wrong after all", "ada@lab"),
+    ]
+    head = store.head()
+    assert head is not None and store.reviews(head) == [], "a review is about what was reviewed"
+    store.undo()
+    assert [one.verb for one in store.reviews(held)] == ["accept", "accept"]
+
+
+def test_accepting_edits_is_recorded_and_moves_nothing(store: Store) -> None:
+    """Of a candidate, of the head, of any version that has them."""
+    first = commit(store, edits=(live(store, 1, "d1"),))
+    held = commit(store, edits=(live(store, 1, "d1"), live(store, 2, "d1", 1)), hold="no")
+
+    done = store.accept(edits=["fact-2"], note="checked")
+    assert (done.about, done.edits, done.head) == (held.id, ("fact-2",), first.id)
+    assert done.description == f"accepted fact-2 of version {held.id}"
+    assert store.accept("@", edits=["fact-1"]).about == first.id
+    assert store.view() == View(first.id, (held.id,), {CANDIDATE: held.id})
+    with pytest.raises(StoreError, match=f"version {first.id} has no edit fact-2, fact-3") as caught:
+        store.accept("@", edits=["fact-3", "fact-2", "fact-1"])
+    assert "editctl show @" in caught.value.hint
+    with pytest.raises(StoreError, match="the unedited model needs no review"):
+        store.accept("base")
+    with pytest.raises(StoreError, match=f"version {first.id} is the head: there is nothing to decide"):
+        store.accept("@")
+    assert len(store.operations()) == 4
+
+
+# Aliases
+
+
+def test_an_alias_is_set_moved_and_removed_by_operations(store: Store) -> None:
+    """Each can be undone and redone; the head stays."""
+    first, second = commit(store), commit(store)
+    views = [store.view()]
+    for name, ref in (("stable", "@-"), ("clean", "base"), ("stable", "@"), ("clean", None)):
+        done = store.set_alias(name, ref, "editctl alias")
+        assert (done.verb, done.command, done.head) == ("alias", "editctl alias", second.id)
+        views.append(store.view())
+
+    assert [dict(view.aliases) for view in views] == [
+        {},
+        {"stable": first.id},
+        {"stable": first.id, "clean": ""},
+        {"stable": second.id, "clean": ""},
+        {"stable": second.id},
+    ]
+    told = [operation.description for operation in store.operations(4)[::-1]]
+    assert told == [
+        f"stable now stands for {first.id}",
+        "clean now stands for base",
+        f"stable now stands for {second.id}",
+        "removed the alias clean",
+    ]
+    for view in views[-2::-1]:
+        store.undo()
+        assert store.view() == view
+    for view in views[1:]:
+        store.redo()
+        assert store.view() == view
+
+
+@pytest.mark.parametrize(
+    ("name", "ref", "message"), [("stabel", None, "is not there"), ("stable", "@", "stands for [0-9a-f]{12} already")]
+)
+def test_an_alias_that_would_not_change_is_an_error(store: Store, name: str, ref: str | None, message: str) -> None:
+    """Recorded, it would give undo something without effect."""
+    commit(store)
+    store.set_alias("stable", "@")
+
+    with pytest.raises(StoreError, match=f"{name} {message}") as caught:
+        store.set_alias(name, ref)
+    assert "editctl alias" in caught.value.hint
+    assert len(store.operations()) == 2
+
+
+def test_restoring_moves_the_head_alone(store: Store) -> None:
+    """Undo takes a whole operation back; restore leaves aliases and candidates as they are."""
+    first = commit(store)
+    held = commit(store, hold="no")
+    store.set_alias("stable", "@")
+    second = commit(store)
+    view = store.view()
+
+    store.restore(first.id)
+    assert store.view() == replace(view, head=first.id)
+    assert store.undo().view == view == View(second.id, (held.id,), {CANDIDATE: held.id, "stable": first.id})
+
+
+def test_undo_and_redo_carry_candidates_along(store: Store) -> None:
+    """Undoing the apply takes the candidate away, undoing a decision gives it back; redo does both again."""
+    held = commit(store, hold="no")
+    store.accept()
+    waiting, accepted = View("", (held.id,), {CANDIDATE: held.id}), View(held.id)
+
+    assert [store.undo().view, store.undo().view] == [waiting, View()]
+    assert store.resolve(held.id) == held
+    with pytest.raises(StoreError, match=f"version {held.id} is no candidate"):
+        store.accept(held.id)
+    assert [store.redo().view, store.redo().view] == [waiting, accepted]
+    store.undo()
+    assert store.reject().view == View()
+    assert store.undo().view == waiting
+
+
 # Refs
 
 
@@ -407,7 +840,7 @@ def test_every_kind_of_ref_names_its_version(store: Store) -> None:
     assert store.resolve(second.id) == store.resolve(second.id[:6]) == store.resolve(second.id.upper()) == second
     assert store.resolve("stable") == second
     assert store.resolve("clean") is None
-    assert store.aliases() == {"clean": "", "stable": second.id}
+    assert store.view().aliases == {"clean": "", "stable": second.id}
 
 
 def test_an_alias_moves(store: Store) -> None:
@@ -421,14 +854,16 @@ def test_an_alias_moves(store: Store) -> None:
     assert store.resolve("stable") == second
 
 
-@pytest.mark.parametrize("name", ["", "@", "base", "op:1", "-x", "a b", "cafe", "ABCD12", "x" * 65, "\x1b[31m"])
+@pytest.mark.parametrize(
+    "name", ["", "@", "base", CANDIDATE, "op:1", "-x", "a b", "cafe", "ABCD12", "x" * 65, "\x1b[31m"]
+)
 def test_a_name_that_could_be_another_ref_is_no_alias(store: Store, name: str) -> None:
     commit(store)
 
     with pytest.raises(StoreError, match="cannot be an alias") as caught:
         store.set_alias(name, "@")
     assert caught.value.hint
-    assert store.aliases() == {}
+    assert store.view().aliases == {}
 
 
 @pytest.mark.parametrize(
@@ -473,7 +908,7 @@ def test_an_unknown_version_names_the_nearest(store: Store) -> None:
 def test_an_ambiguous_prefix_lists_the_candidates(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits come from a stand-in for the hash; one digit more tells the versions apart."""
     digests = iter(["abcd1" + "0" * 7, "abcd2" + "0" * 7, "ffff" + "0" * 8])
-    monkeypatch.setattr(store_module, "_digest", lambda value: next(digests))
+    monkeypatch.setattr("editctl.store.store.digest", lambda value: next(digests))
     one, two, _ = commit(store), commit(store), commit(store)
 
     with pytest.raises(StoreError, match="`abcd` begins 2 versions") as caught:
@@ -497,22 +932,17 @@ def test_a_commit_for_another_head_is_refused_as_stale(store: Store) -> None:
     assert store.versions() == [first]
 
 
-@pytest.mark.parametrize("where", ["deltas", "edits"])
-def test_a_commit_that_names_a_missing_factor_file_is_refused(store: Store, where: str) -> None:
+def test_a_commit_that_names_a_missing_factor_file_is_refused(store: Store) -> None:
     """And is accepted once the file is there."""
-    both: dict[str, dict[str, Any]] = {
-        "deltas": {"deltas": ("d1",)},
-        "edits": {"edits": (LiveEdit(an_edit(), "d1", 0),)},
-    }
-    changes = both[where]
+    edits = (live(store, 0, "d0"), LiveEdit(an_edit(1), "d1", 0))
 
     with pytest.raises(StoreError, match=r"d1\.safetensors is missing") as caught:
-        commit(store, **changes)
+        commit(store, edits=edits)
     assert caught.value.hint
     assert store.versions() == []
 
     put_factor(store, "d1")
-    assert commit(store, **changes) == store.head()
+    assert commit(store, edits=edits) == store.head()
 
 
 def test_a_commit_on_an_unknown_parent_is_refused(store: Store) -> None:
@@ -528,7 +958,7 @@ def test_an_interrupted_commit_leaves_nothing_visible(
     kept = commit(store)
     before = Store(store.root).operations()
     full: dict[str, Any] = {
-        "edits": (LiveEdit(an_edit(), put_factor(store, "d1"), 0),),
+        "edits": (live(store, 0, "d1"),),
         "answers": (Answer("fact-0", "rewrite", "p", ("Rome",), "Paris", "Rome", True),),
         "metrics": (Metric("reliability", "generated", 1.0, 1),),
         "events": ('{"type": "note"}',),
@@ -546,10 +976,9 @@ def test_an_interrupted_commit_leaves_nothing_visible(
 
     assert store.versions() == [kept]
     assert store.operations() == before
-    with sqlite3.connect(store.database) as db:
-        for table in ("edits", "version_edits", "answers", "metrics", "events"):
-            assert db.execute(f"select count(*) from {table}").fetchone() == (0,), table
-    assert store.edits(commit(store, **full)) == full["edits"]
+    for table in ("edits", "version_edits", "answers", "metrics", "events"):
+        assert rows_of(store, table) == 0, table
+    assert contents(store.edits(commit(store, **full))) == contents(full["edits"])
 
 
 def test_a_reader_sees_the_old_state_during_an_open_transaction(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,6 +1009,145 @@ def test_any_thread_may_call(store: Store) -> None:
     thread.join()
 
     assert results == [first, "", None]
+
+
+# Seals
+
+
+@pytest.fixture
+def full(store: Store) -> Store:
+    """A store with at least two rows in every table, and no fault."""
+    lives = tuple(live(store, n, f"d{n}", note="n") for n in range(3))
+    heard = (an_answer("fact-0", "rewrite", "Rome"), an_answer("fact-1", "rewrite", "Oslo"))
+    told = (Metric("reliability", "generated", 0.5, 2), Metric("locality", "generated", 1.0, 2))
+    for edits in (lives[:2], lives):
+        commit(store, edits=edits, answers=heard, metrics=told, events=('{"a": 1}', '{"b": 2}'), note="why")
+    store.set_alias("stable", "@")
+    commit(store, edits=lives[:1], hold="no")
+    store.accept(edits=["fact-0"])
+    # The files hold nothing, so their content does not have their name.
+    assert faults(store) == []
+    return store
+
+
+def faults(store: Store) -> list[Fault]:
+    """What is wrong beside the factor files of these tests, which are empty."""
+    return [fault for fault in care.inspect(store) if not fault.what.startswith("factor file")]
+
+
+SEALED: dict[str, str] = {
+    "versions": "id parent base model dtype method params seed weights_hash libraries seconds peak_mb norms gates "
+    "number kept created_at who seal",
+    "edits": "digest id prompt weights_fingerprint notes_fingerprint json",
+    "version_edits": "version position edit delta column",
+    "answers": "version position edit kind prompt wanted before after ok nll_before nll_after forced_before "
+    "forced_after",
+    "metrics": "version position name protocol value n higher_is_better",
+    "events": "version position line",
+    "operations": "id parent verb head_before head at who command undoes description note about edits candidates "
+    "aliases seal",
+}
+CELLS = [(table, column) for table, columns in SEALED.items() for column in columns.split()]
+OWNER = {"edits": "'edit ' || id", "operations": "'operation ' || id", "versions": "'version ' || id"}
+"""How a fault names what was changed, in SQL; the rows of all other tables belong to a version."""
+
+
+def changed_by_hand(store: Store, table: str, column: str, value: str, *, first: bool = False) -> list[str]:
+    """Change a cell of a table's first or last row; the names of what holds it now and held it before."""
+    owner = OWNER.get(table, "'version ' || version")
+    with closing(sqlite3.connect(store.database)) as db:
+        (row,) = db.execute(f"select {'min' if first else 'max'}(rowid) from {table}").fetchone()
+        names = [db.execute(f"select {owner} from {table} where rowid = ?", [row]).fetchone()[0]]
+        assert db.execute(f'update {table} set "{column}" = {value} where rowid = ?', [row]).rowcount == 1
+        db.commit()
+        # An id that is a number is the row's own.
+        (row,) = db.execute(f"select {'min' if first else 'max'}(rowid) from {table}").fetchone()
+        names += [db.execute(f"select {owner} from {table} where rowid = ?", [row]).fetchone()[0]]
+    return names
+
+
+def test_every_column_of_every_table_is_sealed(full: Store) -> None:
+    """So that a column that comes later is not forgotten."""
+    with closing(sqlite3.connect(full.database)) as db:
+        tables = [name for (name,) in db.execute("select name from sqlite_master where type = 'table'")]
+        found = {(table, row[1]) for table in tables for row in db.execute(f"pragma table_info({table})")}
+    assert {(table, column) for table, column in found if not table.startswith(("sqlite_", "_sqlite_"))} == set(CELLS)
+
+
+@pytest.mark.parametrize("row", ["first", "last"])
+@pytest.mark.parametrize(("table", "column"), CELLS, ids=lambda value: value)
+def test_a_cell_changed_by_hand_is_found_and_named(full: Store, table: str, column: str, row: str) -> None:
+    """A text grows by a letter, a number by a lot, nothing becomes a number; the rest of the check goes on."""
+    other = f"""case typeof("{column}")
+        when 'text' then "{column}" || 'x' when 'null' then 0.5 else "{column}" + 100 end"""
+    owners = changed_by_hand(full, table, column, other, first=row == "first")
+
+    assert {fault.what for fault in faults(full)} & set(owners)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("edits", "json", """replace(json, 'Rome', 'Oslo')"""),
+        ("edits", "json", "'[]'"),
+        ("edits", "json", "'{}'"),
+        ("versions", "gates", "'{}'"),
+        ("versions", "norms", "'[]'"),
+        ("versions", "norms", "'{\"m\": 3}'"),
+        ("versions", "params", "'{}'"),
+        ("operations", "aliases", "'[]'"),
+        ("operations", "candidates", "'[\"x\"]'"),
+        ("operations", "edits", "'7'"),
+        ("metrics", "value", "0.51"),
+        ("answers", "ok", "1 - ok"),
+    ],
+)
+def test_a_cell_that_is_still_of_its_kind_is_found_too(full: Store, table: str, column: str, value: str) -> None:
+    """Another value, or JSON of another shape: nothing breaks that only means to look."""
+    owners = changed_by_hand(full, table, column, value)
+
+    assert {fault.what for fault in faults(full)} & set(owners)
+
+
+@pytest.mark.parametrize("table", SEALED)
+@pytest.mark.parametrize("row", ["first", "last"])
+def test_a_row_taken_out_is_found(full: Store, table: str, row: str) -> None:
+    """Of an operation the one after it tells, of the newest the version that it made."""
+    if (table, row) == ("operations", "last"):
+        full.undo()
+        commit(full)
+    with closing(sqlite3.connect(full.database)) as db:
+        edge = "min" if row == "first" else "max"
+        db.execute(f"delete from {table} where rowid = (select {edge}(rowid) from {table})")
+        db.commit()
+
+    assert faults(full)
+
+
+def test_an_operation_between_two_others_or_after_them_is_found(full: Store) -> None:
+    """Its seal follows from no seal before it; one that the store makes is no fault."""
+    columns = SEALED["operations"].replace("id ", "", 1).replace(" ", ", ")
+    full.undo()
+    assert faults(full) == []
+    with closing(sqlite3.connect(full.database)) as db:
+        copied = f"insert into operations (id, {columns}) select id + 1, {columns} from operations where id = ?"
+        db.execute(copied, [full.operations(1)[0].id])
+        db.commit()
+
+    assert [fault.what for fault in faults(full)] == [f"operation {full.operations(1)[0].id}"]
+
+
+def test_a_version_without_its_parent_and_an_operation_without_its_version_are_named(full: Store) -> None:
+    """As long as SQLite lets one take them out, which its own check then tells as well."""
+    oldest = full.versions()[-1]
+    with closing(sqlite3.connect(full.database)) as db:
+        db.execute("delete from versions where id = ?", [oldest.id])
+        db.commit()
+
+    found = {fault.what: fault.wrong for fault in faults(full)}
+
+    assert f"its parent {oldest.id} is not there" in found.values()
+    assert found["operation 1"] == f"names version {oldest.id}, which is not there"
 
 
 # The lock
@@ -705,14 +1273,15 @@ def writers(store: Store) -> list[Any]:
         store.redo,
         lambda: store.restore("base"),
         lambda: store.set_alias("x", "base"),
+        store.accept,
+        store.reject,
         lambda: store.lock("apply").__enter__(),
     ]
 
 
 def test_a_readonly_store_refuses_to_write_and_leaves_the_disk_alone(store: Store) -> None:
     """Reading changes no byte and leaves no file behind, whether or not the folder can be written."""
-    put_factor(store, "d1")
-    made = commit(store, edits=(LiveEdit(an_edit(), "d1", 0),))
+    made = commit(store, edits=(live(store, 0, "d1"),))
     before = on_disk(store.root)
     readonly = Store(store.root, readonly=True)
 
@@ -748,10 +1317,10 @@ def test_a_folder_that_cannot_be_written_is_read_without_helper_files(
         assert sorted(os.listdir(store.root)) == listed
 
     writer = sqlite3.connect(store.database)
-    writer.execute("update versions set note = 'from the log beside the file'")
+    writer.execute("update versions set model = 'from the log beside the file'")
     writer.commit()
     assert store.database.with_name("editctl.db-wal").exists()
-    assert store.head() == replace(made, note="from the log beside the file")
+    assert store.head() == replace(made, model="from the log beside the file")
     writer.close()
 
 
@@ -760,7 +1329,7 @@ def test_reading_cannot_write(store: Store) -> None:
     commit(store)
 
     with pytest.raises(StoreError, match="cannot be written"), store._reading() as db:
-        db["aliases"].insert({"name": "x", "version": ""})
+        db["events"].insert({"version": "x", "position": 0, "line": ""})
 
 
 @pytest.mark.parametrize("readonly", [False, True])

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,8 @@ def content(model: str, corpus: str) -> str:
     Raises:
         InvalidInput: the text cannot be read, or the hub cannot be asked for it.
     """
+    if "\0" in corpus:  # which no path has, and the system's calls raise of
+        raise InvalidInput(f"there is no corpus {corpus}", "give a UTF-8 text file or JSON lines (.jsonl)")
     if corpus.startswith(HUB):
         return _hub_content(*_hub_name(corpus))
     if corpus:
@@ -96,7 +99,7 @@ def _file_content(corpus: str) -> str:
     """
     total, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     try:
-        with Path(corpus).expanduser().open("rb") as file:
+        with Path(os.path.expanduser(corpus)).open("rb") as file:
             while chunk := file.read(CHUNK):
                 decoder.decode(chunk)
                 total.update(chunk)
@@ -111,7 +114,7 @@ def _file_content(corpus: str) -> str:
 
 def _text_lines(corpus: str) -> Iterator[str]:
     """Lines without white space around them; longer ones than `LONGEST` in pieces, cut between words."""
-    with Path(corpus).expanduser().open(encoding="utf-8") as file:
+    with Path(os.path.expanduser(corpus)).open(encoding="utf-8") as file:
         rest = ""
         while piece := file.readline(LONGEST):
             whole = piece.endswith("\n")
@@ -132,7 +135,7 @@ def _json_lines(corpus: str) -> Iterator[str]:
     Raises:
         InvalidInput: a line is not a JSON object with a text; names file and line.
     """
-    with Path(corpus).expanduser().open(encoding="utf-8") as file:
+    with Path(os.path.expanduser(corpus)).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -179,8 +182,8 @@ def _hub_content(name: str, config: str | None) -> str:
         InvalidInput: the library is missing, or the hub cannot be asked.
     """
     _library()
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         revision = _folder_content(folder)
         name = ""
     else:
@@ -219,8 +222,8 @@ def _hub_lines(name: str, config: str | None) -> Iterator[str]:
     Raises:
         InvalidInput: it cannot be read, or has no texts.
     """
-    folder = Path(name).expanduser()
-    where = {"path": str(folder)} if folder.is_dir() else {"path": name, "revision": _revision(name)}
+    folder = Path(os.path.expanduser(name))
+    where = {"path": str(folder)} if os.path.isdir(folder) else {"path": name, "revision": _revision(name)}
     datasets = _library()
     with _asking(name):
         rows = iter(datasets.load_dataset(**where, name=config, split="train", streaming=True))

@@ -472,15 +472,24 @@ class Settings:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Settings:
-        """Back from `to_params`."""
+        """Back from `to_params`.
+
+        Raises:
+            InvalidInput: they are not what it makes.
+        """
         values = dict(params)
-        values["layers"] = tuple(values["layers"])
-        values["ridge"] = Ridge(**values["ridge"])
-        values["null_space"] = NullSpace(**values["null_space"]) if values["null_space"] else None
-        values["write"] = Write(**{**values["write"], "post": tuple(values["write"]["post"])})
-        values["target"] = TargetSettings(**values["target"])
-        values["tune"] = Tune(**values["tune"]) if values["tune"] else None
-        return cls(**values)
+        try:
+            values["layers"] = tuple(values["layers"])
+            values["ridge"] = Ridge(**values["ridge"])
+            values["null_space"] = NullSpace(**values["null_space"]) if values["null_space"] else None
+            values["write"] = Write(**{**values["write"], "post": tuple(values["write"]["post"])})
+            values["target"] = TargetSettings(**values["target"])
+            values["tune"] = Tune(**values["tune"]) if values["tune"] else None
+            made = cls(**values)
+            _check(made)
+        except (KeyError, TypeError, InvalidInput) as error:
+            raise InvalidInput(f"these are not the settings of a run: {error}", "run plan again") from None
+        return made
 
     def named(self) -> dict[str, Any]:
         """The settings that can be overridden, by the names they are overridden with."""
@@ -490,6 +499,27 @@ class Settings:
     def needs_moments(self) -> bool:
         """Whether the second moments of the layers have to be known."""
         return self.tune is None or self.null_space is not None
+
+
+_SAMPLES = {"float": 0.0, "int": 0, "bool": False, "str": ""}
+"""A value of each kind that a setting may have, by its annotation."""
+
+
+def _check(made: Settings) -> None:
+    """Hold every setting against its kind and bounds, whoever wrote it.
+
+    Raises:
+        InvalidInput: one is not valid.
+    """
+    find(made.method)
+    for holder in (made.ridge, made.write, made.target, made.tune, made):
+        for f in fields(holder) if holder is not None else ():
+            if f.type in _SAMPLES or f.name in ("layers", "post"):
+                _fit(f.name, getattr(holder, f.name), _SAMPLES.get(str(f.type), ()), 0)
+    if made.null_space is not None:
+        if made.null_space.rule not in RULES:
+            raise InvalidInput(f"rule = {made.null_space.rule!r} is not valid", f"one of: {', '.join(RULES)}")
+        _fit(made.null_space.rule, made.null_space.value, 0.0, 0)
 
 
 FIXED = ("method", "corpus_content", "dtype")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from editctl.delta import Factors, compose
-from editctl.engine.source import configuration, locate
+from editctl.engine.source import code, configuration, locate
 from editctl.errors import InvalidInput, ModelError
 
 
@@ -201,8 +201,17 @@ class Editing:
 
         The fp32 master is extended term by term, so adding updates one at a time gives the bits that composing them
         all from the base gives.
+
+        Raises:
+            ModelError: the model has no such matrix.
         """
         weight = self._model.block_of(module).weight
+        if factors.shape != weight.shape:
+            (rows, columns), name = factors.shape, self._model.name
+            raise ModelError(
+                f"an update is {rows} × {columns}, {module} of {name} is {weight.shape[0]} × {weight.shape[1]}",
+                "the version was made for another model",
+            )
         if module not in self._base:
             self._base[module] = weight.detach().clone()
         self._masters[module] = compose(self._masters.get(module, self._base[module]), [factors])
@@ -237,6 +246,13 @@ class Editing:
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for module, weight in weights.items():
             self._model.block_of(module).weight.copy_(weight)
+
+    def norms(self) -> dict[str, tuple[float, float]]:
+        """By edited module, Frobenius norms of its whole update and of the weight that carries it."""
+        return {
+            module: (float((weight - self._base[module].float()).norm()), float(weight.norm()))
+            for module, weight in sorted(self._masters.items())
+        }
 
     def weights_hash(self) -> str:
         """Hash of all the model's weights as they are now."""
@@ -707,37 +723,60 @@ def _no_decoder(name: str) -> ModelError:
     return ModelError(f"{name} is an encoder-decoder model, whose decoder does not read the prompt", DENSE_ONLY)
 
 
-def _configured(name: str, folder: Path) -> Any:
-    """The transformers configuration in a model folder.
+def _failures(trusted: bool) -> tuple[type[Exception], ...]:
+    """What may be raised over files that cannot be loaded: by a model's own code, anything."""
+    known = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+    return (Exception,) if trusted else known
+
+
+@contextmanager
+def _loading(name: str, hint: str, *, trusted: bool) -> Iterator[None]:
+    """What fails inside is a ModelError."""
+    try:
+        yield
+    except _failures(trusted) as error:
+        hint = "its own code does not run here; it may want other versions of its libraries" if trusted else hint
+        raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}", hint) from error
+
+
+def _configured(name: str, folder: Path, trusted: bool) -> tuple[Any, Any]:
+    """The transformers configuration in a model folder, and the model's class if it is one that the folder brings.
+
+    transformers would keep a class once met for all models whose configuration is of the same class, so a file that
+    changed meanwhile would not be read; asked for by its reference, it is found anew by the content of its files.
 
     Raises:
-        ModelError: it is of no causal LM that transformers has code for, or of quantised weights.
+        ModelError: it is of no causal LM that there is code for, or of quantised weights.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers import __version__ as version
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     raw = configuration(folder)
-    kind = raw.get("model_type")
-    if kind is not None and kind not in CONFIG_MAPPING:
-        if "auto_map" in raw:
-            raise ModelError(f"{name} brings code of its own ({kind}), which is never run", "use a model without")
+    kind, own = raw.get("model_type"), raw.get("auto_map")
+    if kind not in CONFIG_MAPPING and own and not trusted:
+        raise ModelError(
+            f"{name} brings code of its own ({kind or 'of no type'}), which is not run unless that is asked for",
+            "read the code, and if you trust it, pass --trust-remote-code",
+        )
+    if kind is not None and kind not in CONFIG_MAPPING and not own:
         raise ModelError(
             f"{name} is of type {kind}, which transformers {version} does not know", "upgrade transformers"
         )
     if quantised := raw.get("quantization_config"):
         raise _quantised(name, str(quantised.get("quant_method", "of unknown kind")))
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}", "its config.json is wrong") from error
+    with _loading(name, "its config.json is wrong", trusted=trusted):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        reference = own.get("AutoModelForCausalLM") if trusted and isinstance(own, dict) else None
+        made = get_class_from_dynamic_module(reference, str(folder)) if reference else None
     if getattr(config, "is_encoder_decoder", False):
         raise _no_decoder(name)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if made is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{name} ({config.model_type}) is no causal language model", DENSE_ONLY)
-    return config
+    return config, made
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, trusted: bool) -> Any:
     """The tokenizer in a model folder.
 
     Raises:
@@ -746,7 +785,7 @@ def _tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     if len(tokenizer(PROBE)["input_ids"]) < 2:
         raise ValueError("it has no tokenizer")
     return tokenizer
@@ -759,12 +798,13 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Model:
+def load(name: str, *, device: str = "auto", dtype: str = "auto", trusted: bool = False) -> Model:
     """Load a model and its tokenizer.
 
     Args:
         name: `atlas`, a folder or a hub id.
         dtype: a key of `DTYPES`; auto is float32 on the CPU and the stored type elsewhere.
+        trusted: run code that the model brings.
 
     Raises:
         ModelError: it cannot be found or loaded, or is no dense decoder.
@@ -776,18 +816,17 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Model:
     from transformers import AutoModelForCausalLM
 
     _quiet_transformers()
-    config = _configured(name, folder)
+    trusted = trusted and bool(code(folder))
+    config, own = _configured(name, folder, trusted)
     kind = torch.float32 if dtype == "auto" and where == "cpu" else DTYPES.get(dtype, "auto")
-    try:
-        tokenizer = _tokenizer(folder)
-        net = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=kind, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
-        raise ModelError(f"model {name} cannot be loaded: {reason}", "it must be a causal LM in safetensors") from error
+    with _loading(name, "it must be a causal LM in safetensors", trusted=trusted):
+        tokenizer = _tokenizer(folder, trusted)
+        opener = own or AutoModelForCausalLM
+        net = opener.from_pretrained(folder, config=config, dtype=kind, use_safetensors=True)
     return Model(net.to(where), tokenizer, name=name, folder=folder)
 
 
-def outline(name: str) -> Model:
+def outline(name: str, *, trusted: bool = False) -> Model:
     """A model's shapes without its weights: built from config.json alone on the meta device, its blocks found.
 
     It takes no memory whatever the size. Nothing can be read from it or measured on it; its tokenizer is None when
@@ -795,6 +834,7 @@ def outline(name: str) -> Model:
 
     Args:
         name: as `load` takes it.
+        trusted: as of `load`.
 
     Raises:
         ModelError: as of `load`; what only shows in what a model computes is not noticed.
@@ -803,10 +843,11 @@ def outline(name: str) -> Model:
     from transformers import AutoModelForCausalLM
 
     _quiet_transformers()
-    config = _configured(name, folder)
-    tokenizer = None
-    with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
-        tokenizer = _tokenizer(folder)
-    with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    trusted = trusted and bool(code(folder))
+    config, own = _configured(name, folder, trusted)
+    tokenizer, dtype = None, config.dtype or torch.float32
+    with suppress(*_failures(trusted)):
+        tokenizer = _tokenizer(folder, trusted)
+    with torch.device("meta"), _loading(name, "its config.json is wrong", trusted=trusted):
+        net = own(config).to(dtype) if own else AutoModelForCausalLM.from_config(config, dtype=dtype)
     return Model(net, tokenizer, name=name, folder=folder)

@@ -1,6 +1,7 @@
 """Where a model comes from, and its identity by content. Loads no torch, so that a plan needs none.
 
-Knows: `atlas`, local folders, hub ids, the local cache, and a hub that cannot be reached. Refuses: loading.
+Knows: `atlas`, local folders, hub ids, the local cache, a hub that cannot be reached, and which code a model brings.
+Refuses: loading; code that a model names but does not bring.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +22,7 @@ from editctl.errors import ModelError
 
 IDENTITY_FILES = (
     *("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.py"),
 )
 """What decides a model's answers; their content is the model's identity."""
 HUB_PATIENCE = 1.0
@@ -37,19 +39,24 @@ def locate(name: str) -> Path:
     """
     if name == atlas.NAME:
         return atlas.FOLDER
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    nowhere = ModelError(f"there is no folder {name}", "give `atlas`, a local folder or a hub id such as gpt2")
+    if "\0" in name:  # which no path has, and the system's calls raise of
+        raise nowhere
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name} is not a model folder: it has no config.json", "give a Hugging Face model folder")
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ModelError(f"there is no folder {name}", "give `atlas`, a local folder or a hub id such as gpt2")
+        raise nowhere
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except HFValidationError:
+        raise nowhere from None
     except (LocalEntryNotFoundError, OSError):
         pass
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
@@ -62,7 +69,7 @@ def locate(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"model {name} could not be fetched: {reason}", "check the name and your access") from error
 
 
@@ -87,13 +94,46 @@ def hub_reachable() -> bool:
     return bool(answered)
 
 
-def identity(folder: Path) -> str:
-    """Content hash (32 hexadecimal digits) of a model folder's weights, configuration and tokenizer."""
-    total = hashlib.sha256()
+def identity(folder: Path, *, trusted: bool = False) -> str:
+    """Content hash (32 hexadecimal digits) of a model folder's weights, configuration, tokenizer and code.
+
+    Args:
+        trusted: the model's own code is run. That makes another model of the same files, since transformers may have
+            a class of its own for them.
+    """
+    total = hashlib.sha256(b"run" if trusted and _references(folder) else b"")
     for path in sorted({p for pattern in IDENTITY_FILES for p in folder.glob(pattern)}):
         with path.open("rb") as file:
             total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
     return total.hexdigest()[:32]
+
+
+def code(folder: Path) -> tuple[str, ...]:
+    """Names of the files of code in a model folder; none when no configuration there names any to be run.
+
+    Raises:
+        ModelError: it names code that is not in the folder, so that its identity would not hold it.
+    """
+    references = _references(folder)
+    for reference in references:
+        module, dot, _ = reference.partition(".")
+        if not (dot and re.fullmatch(r"[\w-]+", module) and (folder / f"{module}.py").is_file()):
+            raise ModelError(
+                f"{folder} names code that is not in it ({reference})",
+                "put the file into the folder; code from elsewhere is never run",
+            )
+    return tuple(sorted(path.name for path in folder.glob("*.py"))) if references else ()
+
+
+def _references(folder: Path) -> list[str]:
+    """The classes that a model and its tokenizer ask to have loaded from code, as MODULE.CLASS or REPOSITORY--…"""
+    found: list[Any] = []
+    for name in ("config.json", "tokenizer_config.json"):
+        with suppress(OSError, ValueError, AttributeError):
+            named = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+            for value in named.values() if isinstance(named, dict) else [named]:
+                found += value if isinstance(value, list) else [value]
+    return [reference for reference in found if isinstance(reference, str)]
 
 
 def configuration(folder: Path) -> dict[str, Any]:

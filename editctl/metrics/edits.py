@@ -10,7 +10,17 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
+from editctl.metrics.values import (
+    GENERATED,
+    KINDS,
+    LOCALITY,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    TEACHER_FORCED,
+    Answer,
+    Metric,
+)
 from editctl.spec import Edit, fill
 
 NAMES = {REWRITE: "reliability", PARAPHRASE: "generalization", LOCALITY: "locality", PORTABILITY: "portability"}
@@ -69,8 +79,8 @@ def summary(answers: Sequence[Answer]) -> tuple[Metric, ...]:
     for kind in KINDS:
         chosen = [a for a in answers if a.kind == kind]
         if chosen:
-            metrics.append(Metric(NAMES[kind], "generated", sum(a.ok for a in chosen) / len(chosen), len(chosen)))
+            metrics.append(Metric(NAMES[kind], GENERATED, sum(a.ok for a in chosen) / len(chosen), len(chosen)))
         scores = [a.forced_after for a in chosen if a.forced_after is not None and kind != LOCALITY]
         if scores:
-            metrics.append(Metric(NAMES[kind], "teacher-forced", sum(scores) / len(scores), len(scores)))
+            metrics.append(Metric(NAMES[kind], TEACHER_FORCED, sum(scores) / len(scores), len(scores)))
     return tuple(metrics)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 REWRITE, PARAPHRASE, LOCALITY, PORTABILITY = KINDS = ("rewrite", "paraphrase", "locality", "portability")
 """The kinds of prompt an edit is measured on, in the order they are shown."""
+GENERATED, TEACHER_FORCED = "generated", "teacher-forced"
+"""How an answer is had: the model's own greedy words, or token by token after the wanted ones."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Metric:
     name: str
     """reliability, generalization, locality, portability, …"""
     protocol: str
-    """generated (the model's own greedy words) or teacher-forced."""
+    """`GENERATED` or `TEACHER_FORCED`."""
     value: float
     n: int
     """How many prompts it is a mean over."""

@@ -9,10 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from editctl.engine import run
+from editctl.engine.asking import Said, answers_of, ask_all, request_of
+from editctl.engine.editor import Editor
 from editctl.engine.methods import Settings
 from editctl.engine.model import Model
 from editctl.engine.prompts import sample_contexts
+from editctl.engine.run import moments_for
 from editctl.engine.statistics import Moment
 from editctl.errors import InvalidInput
 from editctl.events import Emit, RunStarted
@@ -29,22 +31,22 @@ class Bench:
 
     def __init__(self, model: Model, base: str, store: Store, emit: Emit) -> None:
         self._model, self._base, self._store, self._emit = model, base, store, emit
-        self._said: dict[Question, run.Said] = {}
+        self._said: dict[Question, Said] = {}
 
         @cache
         def moments_of(settings: Settings) -> Mapping[int, Moment]:
-            return run.moments_for(model, settings, base, store, emit)
+            return moments_for(model, settings, base, store, emit)
 
         self._moments_of = moments_of
 
-    def _before(self, questions: Sequence[Question]) -> run.Said:
+    def _before(self, questions: Sequence[Question]) -> Said:
         """What the unedited model says."""
         fresh = [q for q in dict.fromkeys(questions) if q not in self._said]
         if fresh:
-            said = run.ask_all(self._model, fresh, "before", self._emit)
-            self._said |= {q: run.Said({q: said.words[q]}, {q: said.forced[q]}) for q in fresh}
+            said = ask_all(self._model, fresh, "before", self._emit)
+            self._said |= {q: Said({q: said.words[q]}, {q: said.forced[q]}) for q in fresh}
         words = {q: self._said[q].words[q] for q in questions}
-        return run.Said(words, {q: self._said[q].forced[q] for q in questions})
+        return Said(words, {q: self._said[q].forced[q] for q in questions})
 
     def trial(
         self,
@@ -80,15 +82,15 @@ class Bench:
         seconds, held = 0.0, 0
         calm = perplexity(model, text) if text else 1.0
         with model.editing() as editing:
-            editor = run.Editor(model, editing, self._moments_of, contexts, emit)
+            editor = Editor(model, editing, self._moments_of, contexts, emit)
             for number, part in enumerate(parts, 1):
                 begun = time.perf_counter()
-                editor.edit([run.request_of(edit, before) for edit in part], settings, number)
+                editor.edit([request_of(edit, before) for edit in part], settings, number)
                 seconds += time.perf_counter() - begun
                 fresh = _own(part)
-                words = run.ask_all(model, fresh, "after", emit).words
+                words = ask_all(model, fresh, "after", emit).words
                 held += sum(edit_metrics.says(words[q], q.wanted) for q in fresh)
-            after = run.ask_all(model, questions, "after", emit)
+            after = ask_all(model, questions, "after", emit)
             drift = perplexity(model, text) / calm - 1 if text else 0.0
         row: dict[str, object] = {"method": name, "null space": _rule(settings), "edits": len(edits), "batch": batch}
         row["reliability right after"] = _percent(held, len(edits))
@@ -97,7 +99,7 @@ class Bench:
         columns |= {"first batch at the end": _own(parts[0])} if len(parts) > 1 else {}
         for column, asked in (columns | dict(kept)).items():
             if asked:
-                answers = run.answers_of(asked, before, after)
+                answers = answers_of(asked, before, after)
                 row[column] = _percent(sum(a.ok for a in answers), len(answers))
         if text:
             row["perplexity drift"] = f"{100 * drift:+.1f} %"

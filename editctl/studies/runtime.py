@@ -19,11 +19,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from editctl.engine import methods, statistics
+from editctl.engine.editor import Clock, Editor
 from editctl.engine.keys import Staged
 from editctl.engine.methods import Settings
 from editctl.engine.model import DTYPES, Model, pick_device
 from editctl.engine.prompts import Request, groups
-from editctl.engine.run import Clock, Editor, peak_mb
+from editctl.engine.run import peak_mb
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
 from editctl.errors import InvalidInput
