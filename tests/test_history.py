@@ -8,7 +8,9 @@ twice: with an engine that seeks no targets and asks no model, a few millisecond
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,24 +27,28 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tiny import QUICK
 from torch import Tensor, nn
 
+from editctl import delta as delta_files
+from editctl import plan as plan_room
 from editctl.delta import compose
 from editctl.engine import editor as editor_room
-from editctl.engine import methods, prompts, speak
+from editctl.engine import methods, prompts, speak, wear
 from editctl.engine import run as run_room
 from editctl.engine.asking import Said
+from editctl.engine.editor import Editor
 from editctl.engine.keys import Stage
-from editctl.engine.model import Block, Model, Response, combine_digests, tensor_digest
+from editctl.engine.model import Block, Editing, Model, Response, combine_digests, tensor_digest
 from editctl.engine.run import Order, run
 from editctl.engine.statistics import Moment
 from editctl.engine.target import Target
 from editctl.engine.wear import deltas_of, rebuild_all, wearing
-from editctl.errors import StalePlan, StoreError
+from editctl.errors import EditctlError, InvalidInput, StalePlan, StoreError
 from editctl.events import silent
 from editctl.metrics.edits import Question, questions
 from editctl.metrics.values import PARAPHRASE, REWRITE, Answer
-from editctl.plan import Plan, make, without
+from editctl.plan import REMEASURE, REPLACE, Action, Plan, make, without
 from editctl.spec import Edit
 from editctl.store import BASE, CANDIDATE, LiveEdit, Store, Version, care, rows
+from editctl.store import store as store_room
 from editctl.store.connection import Connection
 
 BASE_CONTENT = "content of the model's folder"
@@ -466,16 +472,13 @@ class History(RuleBasedStateMachine):
         self.made[version.id] = Made(version, live, places(there))
         assert version.parent == parent
         assert [one.edit for one in there] == [held.edit for held in live]
-        stays = {id(held) for held in live} >= {id(held) for held in old}
-        if stays and "fold" not in order:
-            files = self.store.deltas(self.made[origin].version if origin else None)
-            assert self.store.deltas(version)[: len(files)] == files, "what did not change keeps its files"
+        self.check_files(version, origin, {held.edit.id for held in old} - {held.edit.id for held in live}, **order)
         below = self.made[parent].edits if parent else []
         before = {held.edit.prompt for held in old if any(sought(held.edit) == sought(h.edit) for h in live)}
         asked = [h for h in live if h.edit not in below or h.edit.prompt not in before or recheck]
         answers = self.store.answers(version)
         self.check_answers(version, asked, answers)
-        candidate = self.failing(plan.gates, answers)
+        candidate = bool(live) and self.failing(plan.gates, answers)
         gone = [held.edit.id for held in old if held.edit.id not in {h.edit.id for h in live}]
         if reviewed or verb == "reject":
             state = state.closing(origin).saying(verb, origin, gone)
@@ -484,6 +487,19 @@ class History(RuleBasedStateMachine):
             self.did(f"{what} → candidate", state.waiting((*state.candidates, version.id)))
         else:
             self.did(what, replace(state, head=version.id))
+
+    def check_files(self, version: Version, origin: str, gone: set[str], fold: int | None = None, **_: Any) -> None:
+        """Whether batches from which nothing went keep their files, and the others state just what is live."""
+        before = self.store.deltas(self.made[origin].version if origin else None)
+        after, deltas = self.store.deltas(version), deltas_of(self.store, version)
+        lives = Counter(live.delta for live in self.store.edits(version))
+        assert [lives[name] for name in after] == [len(delta.edits) for delta in deltas]
+        whole = len(before) if fold is None else fold
+        stood = (
+            {live.delta for live in self.store.edits(self.made[origin].version) if live.id in gone} if gone else set()
+        )
+        whole = min(whole, *(before.index(name) for name in stood)) if stood else whole
+        assert after[:whole] == before[:whole] and not stood & set(after)
 
     def check_answers(self, version: Version, asked: Sequence[Held], answers: Sequence[Answer]) -> None:
         """Whether just these edits were asked all their questions, and what they said before is what it was."""
@@ -503,7 +519,7 @@ class History(RuleBasedStateMachine):
         kinds = {"reliability": REWRITE, "generalization": PARAPHRASE}
         for gate, wanted in gates.items():
             right = [answer.ok for answer in answers if answer.kind == kinds[gate]]
-            if answers and (not right or sum(right) / len(right) < wanted):
+            if not right or sum(right) / len(right) < wanted:
                 return True
         return False
 
@@ -602,9 +618,10 @@ class History(RuleBasedStateMachine):
         since = chain[pick % len(chain)] if pick & 1 else ""
         below = self.store.deltas(self.made[since].version if since else None)
         names = self.store.deltas(head)
-        kept = next((i for i, (old, new) in enumerate(zip(below, names, strict=False)) if old != new), len(below))
-        kept = min(kept, len(names))
-        if len(names) - kept < 2:
+        kept = next((i for i, pair in enumerate(zip(below, names, strict=False)) if pair[0] != pair[1]), len(below))
+        how = [{**delta.params, "seed": 0, "batch_size": 0} for delta in deltas_of(self.store, head)][kept:]
+        alike = [len(list(group)) for _, group in itertools.groupby(how)]
+        if len(how) < 2:
             self.did("squash, nothing to fold")
             return
         plan = without(
@@ -617,9 +634,14 @@ class History(RuleBasedStateMachine):
             gates=gates,
             reason="",
         )
+        if max(alike) == 1:
+            with pytest.raises(InvalidInput, match="nothing to fold"):
+                run(plan, self.engine.model, BASE_CONTENT, self.store, silent, Order(verb="squash", fold=kept))
+            self.did("squash, nothing alike")
+            return
         self.carried_out("squash", plan, head.id, self.live, fold=kept)
         folded = self.store.deltas(list(self.made.values())[-1].version)
-        assert folded[:kept] == names[:kept] and len(folded) <= len(names)
+        assert folded[:kept] == names[:kept] and len(folded) == kept + len(alike)
 
     # Reviews
 
@@ -850,3 +872,113 @@ def test_any_history_of_a_real_model_is_what_it_should_be(llama: Engine) -> None
 def test_dozens_of_histories_of_a_real_model_are_what_they_should_be(llama: Engine) -> None:
     """The same for longer."""
     histories(llama, 20, 20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would be noticed
+
+
+def a_history(engine: Engine) -> Any:
+    """A machine to be led by hand."""
+    return type("History", (History,), {"engine": engine, "tally": Counter(), "lengths": []})()
+
+
+UNSAID = a_fact(0, 0, NEVER, "", 0)
+
+
+def test_a_candidate_that_one_goes_back_to_waits_no_longer(stub: Engine) -> None:
+    """Accepted, undone, and then restored it is the head like any other."""
+    machine = a_history(stub)
+    machine.apply_specs([UNSAID], gates={"reliability": 1.0})
+    machine.accept_the_newest()
+    machine.undo()
+    machine.restore(pick=0)
+    machine.all_is_as_it_should_be()
+    machine.apply_specs([a_fact(1, 0, "Rome", "", 0)])
+    machine.all_is_as_it_should_be()
+    machine.teardown()
+
+
+def keeping_aliases(patch: pytest.MonkeyPatch) -> None:
+    record = Store._record
+
+    def kept(self: Store, db: Any, verb: str, view: Any, *others: Any, **more: Any) -> Any:
+        view = replace(view, aliases=rows.view(db).aliases) if verb == "undo" else view
+        return record(self, db, verb, view, *others, **more)
+
+    patch.setattr(Store, "_record", kept)
+
+
+def committing(patch: pytest.MonkeyPatch, **changed: Any) -> None:
+    commit = Store.commit
+    patch.setattr(Store, "commit", lambda self, draft, **named: commit(self, draft, **{**named, **changed}))
+
+
+def changing_a_version(patch: pytest.MonkeyPatch) -> None:
+    commit = Store.commit
+
+    def changed(self: Store, *arguments: Any, **named: Any) -> Version:
+        made = commit(self, *arguments, **named)
+        with sqlite3.connect(self.database) as db:
+            db.execute(
+                "update answers set after = 'Rome' where \"version\" = (select id from versions where number = 1)"
+            )
+        db.close()
+        return made
+
+    patch.setattr(Store, "commit", changed)
+
+
+def wearing_backwards(patch: pytest.MonkeyPatch) -> None:
+    put_on = wear.put_on
+    patch.setattr(wear, "put_on", lambda editing, deltas: put_on(editing, deltas[::-1]))
+
+
+def dropping_in_name(patch: pytest.MonkeyPatch) -> None:
+    def worn(self: Any, delta: Any, found: Any) -> None:
+        self.resolving = True
+        columns = tuple(column for _, column in found)
+        self.wear(replace(delta, edits=tuple(fact.id for fact, _ in found), columns=columns), [f for f, _ in found])
+
+    patch.setattr(Editor, "solve_again", worn)
+
+
+def leaving_files(patch: pytest.MonkeyPatch) -> None:
+    save = delta_files.save
+
+    def saved(delta: Any, folder: Path) -> str:
+        save(replace(delta, params={**delta.params, "seed": 7}), folder)
+        return save(delta, folder)
+
+    patch.setattr(delta_files, "save", saved)
+
+
+BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "undo keeps the aliases": keeping_aliases,
+    "redo does again what was undone first": lambda p: p.setattr(
+        rows, "line", lambda db, line=rows.line: (line(db)[0], line(db)[1][::-1])
+    ),
+    "the head moves although a gate failed": lambda p: committing(p, hold=""),
+    "a candidate stays one when edits of it are rejected": lambda p: committing(p, instead_of=""),
+    "a candidate stays one when it is the head": lambda p: p.setattr(store_room, "_closed", lambda view, version: view),
+    "a version is changed in place": changing_a_version,
+    "batches are added in another order": wearing_backwards,
+    "weights stay on the model": lambda p: p.setattr(Editing, "reset", lambda self: None),
+    "what is dropped stays in the weights": dropping_in_name,
+    "a run leaves a file behind": leaving_files,
+    "before is asked again": lambda p: p.setattr(Store, "last_answers", lambda self, version, edits: ()),
+    "what is there is applied again": lambda p: p.setattr(
+        plan_room, "_compare", lambda edit, live: Action(REPLACE, edit, live.whole)
+    ),
+    "the plan forgets what goes": lambda p: p.setattr(
+        run_room, "_kept", lambda plan, live, kept=run_room._kept: kept(replace(plan, actions=plan.of(REMEASURE)), live)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_machine_notices_when_something_is_broken(stub: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Controls: within a few dozen histories of what the machine does anyway."""
+    BROKEN[what](monkeypatch)
+    with pytest.raises((AssertionError, EditctlError, ExceptionGroup)):
+        histories(stub, 60, 15, phases=(Phase.generate,), database=None, derandomize=True, report_multiple_bugs=False)

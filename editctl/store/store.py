@@ -322,7 +322,9 @@ class Store(Connection):
             if head == view.head:
                 # Recording it would end the line of undone operations and give undo something without effect.
                 raise StoreError(f"the head is at {head or BASE} already", "`editctl log` lists where else it can go")
-            return self._record(db, "restore", replace(view, head=head), command, f"restored {ref}: {head or BASE}")
+            # It may wait again, its acceptance being undone; no head waits.
+            view = replace(_closed(view, head), head=head)
+            return self._record(db, "restore", view, command, f"restored {ref}: {head or BASE}")
 
     def set_alias(self, name: str, ref: str | None, command: str = "") -> Operation:
         """Let `name` stand for the version that `ref` names now, or for none; an alias of that name moves.
