@@ -6,7 +6,6 @@ sqlite-utils and textual are imported inside the verbs that need them, so that `
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -330,9 +329,6 @@ for _verb in (model_group, study_group, *cli_history.verbs, *cli_review.verbs, *
 
 def main() -> None:
     """Entry point: the one place where errors become messages and exit codes."""
-    # Specs and versions are many small objects without cycles: measured on 10,000 specs against 100,000 live edits,
-    # looking for cycles as often as Python does took 27 % of the time.
-    gc.set_threshold(100_000, 50, 100)
     try:
         cli(standalone_mode=False)
     except EditctlError as error:

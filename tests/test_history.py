@@ -52,7 +52,7 @@ from editctl.store import store as store_room
 from editctl.store.connection import Connection
 
 BASE_CONTENT = "content of the model's folder"
-FAST = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
+FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where stores lie: in memory where that can be had, for a commit waits for the disk."""
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,6 +135,12 @@ class Engine:
     def __post_init__(self) -> None:
         self.base = {name: tensor.clone() for name, tensor in self.model.net.named_parameters()}
         self.base_hash = self.model.weights_hash()
+
+    @torch.no_grad()
+    def undress(self) -> None:
+        """Put the base weights back, whatever went wrong before."""
+        for name, tensor in self.model.net.named_parameters():
+            tensor.copy_(self.base[name])
 
     def rebuilt(self, store: Store, version: Version | None) -> str:
         """The weights hash of a version whose updates are added to the base in one go, without touching the model."""
@@ -232,16 +238,20 @@ def stub_tune(model: Stub, layer: int, requests: Sequence[Any], *_: Any, project
 def stub_ask(model: Model, asked: Sequence[Question], stage: str, emit: Any) -> Said:
     """Stands in for `ask_all`: the weights' hash, and after a run the fact itself unless it is never said."""
     worn = model.weights_hash()
-    score = int(worn[:4], 16) / 2**16
     words = {}
     for one in asked:
         learnt = stage == "after" and one.kind == REWRITE and one.wanted != (NEVER,)
         words[one] = one.wanted[0] if learnt else worn
-    return Said(words, {one: (score, 1 - score) if one.wanted else (None, None) for one in asked})
+    return Said(words, {one: (score(worn), 1 - score(worn)) if one.wanted else (None, None) for one in asked})
+
+
+def score(worn: str) -> float:
+    """A number that belongs to a weights hash."""
+    return int(worn[:4], 16) / 2**16
 
 
 def stub_moments(model: Model, wanted: Any, *_: Any) -> dict[int, Moment]:
-    """Stands in for `moments_for`: three of twelve directions are hardly used."""
+    """Stands in for `moments_for`: eight of twelve directions hold less than a fifth of what is preserved."""
     found = {}
     for layer in wanted.layers:
         basis, _ = torch.linalg.qr(vector(f"keys {layer}", KEYS * KEYS).view(KEYS, KEYS))
@@ -267,7 +277,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
         layers = [1] if methods.METHODS[name].tune or methods.METHODS[name].layers == "single" else [0, 1]
         return made_with(name, 2, layers=layers, energy=0.2, batch_size=2, seed=seed)
 
-    chosen = ("", "", "", "memit", "encore", "rome", "rect", "prune", "nse", "nas", "blue", "ft-m")
+    chosen = (*[""] * 8, "memit", "encore", "rome", "rect", "prune", "nse", "nas", "blue", "ft-m")
     return Engine(Stub(), cache(params), chosen, untouched(tmp_path / "store").root, told=True)
 
 
@@ -301,7 +311,7 @@ def llama(
         return made_with(name, len(model.blocks), **{**QUICK, "corpus": str(corpus), "seed": seed, "steps": 3})
 
     run_room.moments_for(model, methods.Settings.from_params(params("alphaedit", 0)), BASE_CONTENT, start, silent)
-    return Engine(model, cache(params), ("", "", "memit", "rome", "nse"), start.root)
+    return Engine(model, cache(params), (*[""] * 4, "memit", "rome", "nse"), start.root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +413,7 @@ class History(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.engine.undress()
         self.root = Path(tempfile.mkdtemp(dir=FAST))
         self.store = Store(shutil.copytree(self.engine.start, self.root / "store"), who="me@here")
         self.made: dict[str, Made] = {}
@@ -472,10 +483,11 @@ class History(RuleBasedStateMachine):
         self.made[version.id] = Made(version, live, places(there))
         assert version.parent == parent
         assert [one.edit for one in there] == [held.edit for held in live]
-        self.check_files(version, origin, {held.edit.id for held in old} - {held.edit.id for held in live}, **order)
+        still = {sought(held.edit) for held in live}
+        self.check_files(version, origin, {h.edit.id for h in old if sought(h.edit) not in still}, order.get("fold"))
         below = self.made[parent].edits if parent else []
-        before = {held.edit.prompt for held in old if any(sought(held.edit) == sought(h.edit) for h in live)}
-        asked = [h for h in live if h.edit not in below or h.edit.prompt not in before or recheck]
+        stayed = {sought(held.edit) for held in old} & still
+        asked = [h for h in live if h.edit not in below or sought(h.edit) not in stayed or recheck]
         answers = self.store.answers(version)
         self.check_answers(version, asked, answers)
         candidate = bool(live) and self.failing(plan.gates, answers)
@@ -488,18 +500,19 @@ class History(RuleBasedStateMachine):
         else:
             self.did(what, replace(state, head=version.id))
 
-    def check_files(self, version: Version, origin: str, gone: set[str], fold: int | None = None, **_: Any) -> None:
-        """Whether batches from which nothing went keep their files, and the others state just what is live."""
-        before = self.store.deltas(self.made[origin].version if origin else None)
-        after, deltas = self.store.deltas(version), deltas_of(self.store, version)
-        lives = Counter(live.delta for live in self.store.edits(version))
-        assert [lives[name] for name in after] == [len(delta.edits) for delta in deltas]
-        whole = len(before) if fold is None else fold
-        stood = (
-            {live.delta for live in self.store.edits(self.made[origin].version) if live.id in gone} if gone else set()
-        )
-        whole = min(whole, *(before.index(name) for name in stood)) if stood else whole
-        assert after[:whole] == before[:whole] and not stood & set(after)
+    def check_files(self, version: Version, origin: str, gone: set[str], fold: int | None) -> None:
+        """Whether batches before the first that changed keep their files, and all state just what is live."""
+        old = self.made[origin].version if origin else None
+        before, after, live = self.store.deltas(old), self.store.deltas(version), self.store.edits(version)
+        lives: dict[str, list[int]] = {}
+        for one in live:
+            lives.setdefault(one.delta, []).append(one.column)
+        for columns, delta in zip(lives.values(), deltas_of(self.store, version), strict=True):
+            widths = {factors.keys.shape[1] for factors in delta.modules.values()} | {len(delta.places)}
+            assert tuple(columns) == delta.columns and widths == {len(set(columns))} == {max(columns) + 1}
+        left = {one.delta for one in self.store.edits(old) if one.id in gone}
+        whole = min([len(before) if fold is None else fold, *(before.index(name) for name in left)])
+        assert after[:whole] == before[:whole] and not left & set(after)
 
     def check_answers(self, version: Version, asked: Sequence[Held], answers: Sequence[Answer]) -> None:
         """Whether just these edits were asked all their questions, and what they said before is what it was."""
@@ -513,6 +526,8 @@ class History(RuleBasedStateMachine):
             assert answer.before == was, "before is before the edit was first applied"
             learnt = answer.kind == REWRITE and answer.wanted != (NEVER,)
             assert answer.after == (answer.wanted[0] if learnt else version.weights_hash)
+            if answer.wanted:
+                assert (answer.nll_before, answer.nll_after) == (score(was), score(version.weights_hash))
 
     def failing(self, gates: Mapping[str, float], answers: Sequence[Answer]) -> bool:
         """Whether a version with these answers has to wait."""
@@ -854,13 +869,13 @@ def histories(engine: Engine, examples: int, steps: int, **chosen: Any) -> type[
 
 def test_any_history_is_what_it_should_be(stub: Engine) -> None:
     """Some dozens of histories with the stub."""
-    histories(stub, 40, 15)
+    histories(stub, 30, 15)
 
 
 @pytest.mark.slow
 def test_hundreds_of_histories_are_what_they_should_be(stub: Engine) -> None:
     """The same for longer."""
-    histories(stub, 100, 20)
+    histories(stub, 500, 20)
 
 
 def test_any_history_of_a_real_model_is_what_it_should_be(llama: Engine) -> None:
@@ -920,9 +935,8 @@ def changing_a_version(patch: pytest.MonkeyPatch) -> None:
     def changed(self: Store, *arguments: Any, **named: Any) -> Version:
         made = commit(self, *arguments, **named)
         with sqlite3.connect(self.database) as db:
-            db.execute(
-                "update answers set after = 'Rome' where \"version\" = (select id from versions where number = 1)"
-            )
+            first = "(select id from versions where number = 1)"
+            db.execute(f"update answers set after = 'Rome' where \"version\" = {first}")
         db.close()
         return made
 
