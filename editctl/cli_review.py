@@ -167,7 +167,7 @@ def _without(asked: Asked, store: Store, version: Version, ids: Sequence[str], r
     space = asked.space.made_for([version])
     plan = _plan(space, store, version, ids, reason)
     if not asked.as_json:
-        taken, left = len(plan.actions), len(plan.outside)
+        taken, left = len(plan.actions), plan.outside
         talk.say(report.plan_view(plan, f"Plan: {taken} to take out, {left} to keep."))
     if not asked.yes:
         confirm("Take these edits out?")

@@ -77,8 +77,8 @@ class Plan:
     params: Mapping[str, Any]
     """The run's settings."""
     actions: tuple[Action, ...]
-    outside: tuple[str, ...] = ()
-    """Ids of live edits that are not in the specs and are kept."""
+    outside: int = 0
+    """How many live edits are not in the specs and are kept."""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Settings of the methods that spec files name for their own edits."""
     gates: Mapping[str, float] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Plan:
                 }
                 for action in self.actions
             ],
-            "outside": list(self.outside),
+            "outside": self.outside,
         }
         return {**body, "fingerprint": _fingerprint(body)}
 
@@ -144,10 +144,14 @@ def make(
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     gates: Mapping[str, float] | None = None,
     prune: bool = False,
+    others: int = 0,
 ) -> Plan:
     """Compare the wanted edits with the live ones.
 
     An edit that is not live but contradicts a live one (same prompt, another target) replaces it.
+
+    Args:
+        others: live edits beside `live`, none of which has the id or the prompt of a wanted one.
     """
     by_id = {edit.id: edit for edit in live}
     by_prompt = {edit.prompt: edit for edit in live}
@@ -174,7 +178,7 @@ def make(
         drops = {edit.id: drops.get(edit.id) or Action(DROP, edit.whole, reason="not in the specs") for edit in rest}
     actions += drops.values()
     taken |= drops.keys()
-    outside = tuple(edit.id for edit in live if edit.id not in taken)
+    outside = others + sum(edit.id not in taken for edit in live)
     return Plan(model, base, head, params, tuple(actions), outside, methods or {}, gates or {})
 
 
@@ -201,8 +205,7 @@ def without(
             hint = f"did you mean {near[0]}?" if near else "`editctl show` lists the live edits"
             raise InvalidInput(f"there is no live edit {name}", hint)
     actions = tuple(Action(DROP, by_id[name].whole, reason=reason) for name in dict.fromkeys(ids))
-    outside = tuple(name for name in by_id if name not in ids)
-    return Plan(model, base, head, params, actions, outside, gates=gates)
+    return Plan(model, base, head, params, actions, len(by_id) - len(actions), gates=gates)
 
 
 def _compare(edit: Edit, live: Live) -> Action:
@@ -281,7 +284,7 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
     """
     named = {name: body[name] for name in ("model", "base", "head", "params", "methods", "gates")}
     outside, params, methods, gates = body["outside"], named["params"], named["methods"], named["gates"]
-    texts = [named["model"], named["base"], named["head"], *outside]
+    texts = [named["model"], named["base"], named["head"]]
     actions = []
     for action in body["actions"]:
         edit, old, reason = action["edit"], action["old"], action["reason"]
@@ -292,7 +295,7 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
             raise ValueError(f"the edit {made.edit.id} lacks its subject, the place {SLOT} for it, or its target")
         texts.append(reason)
         actions.append(made)
-    if not all(isinstance(text, str) for text in texts) or not isinstance(outside, list):
+    if not all(isinstance(text, str) for text in texts) or type(outside) is not int or outside < 0:
         raise ValueError("a text is missing")
     if not all(isinstance(settings, dict) for settings in (params, gates, methods, *methods.values())):
         raise ValueError("its settings are none")
@@ -301,7 +304,7 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
     check_gates(gates)
     if unknown := {action.edit.method for action in actions if action.kind != DROP} - {"", *methods}:
         raise ValueError(f"the settings of {', '.join(sorted(unknown))} are missing")
-    return Plan(**named, actions=tuple(actions), outside=tuple(outside))
+    return Plan(**named, actions=tuple(actions), outside=outside)
 
 
 def _reason(error: Exception) -> str:

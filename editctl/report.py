@@ -32,7 +32,7 @@ STYLES = {ADD: "green", REPLACE: "yellow", REMEASURE: "cyan", DROP: "red", KEEP:
 SHORT = {REWRITE: "edit", PARAPHRASE: "para", LOCALITY: "keep", PORTABILITY: "port"}
 SHOWN = 100
 """Answers shown of a kind where there may be very many."""
-CHANGES = 500
+CHANGES = 200
 """Changes of a plan that are listed."""
 FAILED = 20
 """Edits named under a gate."""
@@ -93,9 +93,7 @@ def plan_summary(plan: Plan) -> Text:
     """How many of what, and what is live beside the specs."""
     lines = Text()
     if plan.outside:
-        lines.append(
-            f"{count(len(plan.outside), 'applied edit')} not in these specs (kept; --prune drops them)\n", "dim"
-        )
+        lines.append(f"{count(plan.outside, 'applied edit')} not in these specs (kept; --prune drops them)\n", "dim")
     return lines.append(plan.summary(), "bold")
 
 

@@ -165,10 +165,11 @@ class Workspace:
                 f"the store {store.root} holds versions of another model ({version.model}, content {version.base})",
                 self.untrusted(version.base) or "name that model with --model, or another store with --store",
             )
-        near = None if prune else {name for edit in edits for name in (edit.id, edit.prompt)}
+        names = {name for edit in edits for name in (edit.id, edit.prompt)}
+        lives, others = (store.edits(version), 0) if prune else store.near(version, names)
         return plan.make(
             edits,
-            [live.known for live in store.edits(version, near)],
+            [live.known for live in lives],
             model=config.model,
             base=base,
             head=version.id if version else "",
@@ -176,6 +177,7 @@ class Workspace:
             methods={name: params(name) for name in dict.fromkeys(e.method for e in edits) if name},
             gates=config.gates,
             prune=prune,
+            others=others,
         )
 
     def expected(self, plan: Plan, store: Store) -> Expected:

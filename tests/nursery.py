@@ -252,7 +252,7 @@ class _Connection(sqlite3.Connection):
             return nullcontext()
         self.wrote = True
         kind, _, rest = " ".join(text.split()).partition(" ")
-        return self.watch.step(kind.lower(), f"{re.sub(r'[0-9a-f]{32}', '#', rest)[:60]} in {self.place}".strip())
+        return self.watch.step(kind.lower(), f"{re.sub(r'[0-9a-f]{12,}', '#', rest)[:60]} in {self.place}".strip())
 
     def execute(self, sql: str, *others: Any) -> sqlite3.Cursor:
         with self._step(sql):

@@ -1572,17 +1572,17 @@ def test_backups_taken_while_another_process_commits_are_whole(store: Store, tmp
             care.back_up(store, folder)
             spare = Store(folder)
             assert care.inspect(spare) == []
-            taken.append((spare.head(), spare.operations(), content(spare)))
+            taken.append((spare.head(), spare.operations()))
             assert care.damage(store) == []
             assert {fault.wrong for fault in care.inspect(store)} <= {LEFT}
         assert writer.poll() is None
         writer.kill()
     assert {fault.wrong for fault in care.inspect(store)} <= {LEFT}
     operations = store.operations()[::-1]
-    assert len({len(done) for _, done, _ in taken}) > times / 2, "it went on meanwhile"
-    for head, done_then, _ in taken:
-        assert done_then[::-1] == operations[: len(done_then)]
-        assert (head.id if head else "") == operations[len(done_then) - 1].head
+    assert len({len(done) for _, done in taken}) > times / 2, "it went on meanwhile"
+    for head, done in taken:
+        assert done[::-1] == operations[: len(done)]
+        assert (head.id if head else "") == operations[len(done) - 1].head
 
 
 # ---------------------------------------------------------------------------------------------------------------------

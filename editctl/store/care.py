@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from editctl.errors import EditctlError, InvalidInput, Locked, StoreError
+from editctl.errors import EditctlError, InvalidInput, StoreError
 from editctl.files import PART, digest_of, put_in_place
 from editctl.spec import Edit
 from editctl.store import rows
@@ -50,16 +50,13 @@ def inspect(store: Store) -> list[Fault]:
     if faults := damage(store):
         # Of a database that is damaged, what it does not name may be needed all the same.
         return faults + _looked(store, _spoiled)
-    faults, left = _looked(store, _spoiled), _leftovers(store)
-    if left:
-        try:
-            with store.lock("verify"):
-                left = _leftovers(store)
-        except Locked:
-            # A run that is not at its end has files that no version names yet.
-            left = []
-        except StoreError:  # where nobody may write
-            pass
+    faults, beside = _looked(store, _spoiled), _beside(store)
+    if not beside or store.busy():
+        # A run that is not at its end has files that no version names yet.
+        return faults
+    # Read after they were listed: a run that came to its end in between has named its files.
+    named = _named(store)
+    left = [one for one in beside if one.path.name not in named]
     return faults + [Fault(f"file {one.path}", LEFT, "`editctl gc` removes it") for one in left]
 
 

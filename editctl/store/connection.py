@@ -93,10 +93,11 @@ class Connection:
         from filelock import FileLock, Timeout
 
         note = self.root / "lock.json"
-        lock = FileLock(self.root / "lock", timeout=timeout)
+        # Who only looks whether it is taken holds it for an instant.
+        lock = FileLock(self.root / "lock", timeout=timeout or 0.05)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock.acquire(poll_interval=0.01 if not timeout else 0.05)
             holder = {"id": secrets.token_hex(6), "verb": verb, "who": self._who, "pid": os.getpid()}
             part = note.with_suffix(".part")
             part.write_text(json.dumps({**holder, "since": self._time()}), encoding="utf-8")
@@ -119,6 +120,23 @@ class Connection:
             self._holder = None
             note.unlink(missing_ok=True)
             lock.release()
+
+    def busy(self) -> bool:
+        """Whether another process is writing, as far as can be told."""
+        path = self.root / "lock"
+        if self._holder == threading.get_ident() or not path.exists():
+            return False
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        except OSError:  # where nobody may write
+            return False
+        lock.release()
+        return False
 
     def _time(self) -> str:
         return self._now().astimezone(UTC).isoformat(timespec="seconds")

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     digest: str
     """Content name of the edit in the store."""
     text: str
-    """The edit as JSON; empty where it was not asked for."""
+    """The edit as JSON."""
 
     @property
     def whole(self) -> Edit:

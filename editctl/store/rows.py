@@ -71,23 +71,27 @@ def places(db: Database, version: str) -> list[tuple[str, str, int]]:
     return found
 
 
-def live(db: Database, version: str, near: Iterable[str] | None = None) -> tuple[LiveEdit, ...]:
-    """All that is live in a version, in order of application.
+_STORED = "e.id, e.prompt, e.weights_fingerprint, e.notes_fingerprint, e.digest, e.json"
 
-    Args:
-        near: ids and prompts; of all other edits the text is left out, which is most of what there is to read.
-    """
-    text = "e.json"
-    if near is not None:
-        text = "case when e.prompt in near or e.id in near then e.json else '' end"
-    chain = f"{_CHAIN}, near as (select value from json_each(:near))"
-    edit = f"e.id, e.prompt, e.weights_fingerprint, e.notes_fingerprint, e.digest, {text}"
+
+def live(db: Database, version: str) -> tuple[LiveEdit, ...]:
+    """All that is live in a version, in order of application."""
     place = 'place.delta, place."column", place.position'
-    sql = f"{chain} select {edit}, {place} {_PLACES} join edits e on e.digest = place.edit"
-    found = db.execute(sql, {"version": version, "near": json.dumps(list(near or ()))}).fetchall()
+    sql = f"{_CHAIN} select {_STORED}, {place} {_PLACES} join edits e on e.digest = place.edit"
+    found = db.execute(sql, {"version": version}).fetchall()
     # Rows are near their places already, which SQLite does not know: of 100,000 it takes 0.25 s longer to sort them.
     found.sort(key=itemgetter(8))
     return tuple(LiveEdit(Stored._make(row[:6]), row[6], row[7]) for row in found)
+
+
+def near(db: Database, version: str, names: Iterable[str]) -> tuple[tuple[LiveEdit, ...], int]:
+    """The live edits of a version that have one of these ids or prompts, in order, and how many others there are."""
+    wanted = "(select value from json_each(:names))"
+    sql = f"select {_STORED} from edits e where e.prompt in {wanted} or e.id in {wanted}"
+    known = {row[4]: Stored._make(row) for row in db.execute(sql, {"names": json.dumps(list(names))})}
+    there = places(db, version)
+    found = tuple(LiveEdit(known[d], delta, column) for d, delta, column in there if d in known)
+    return found, len(there) - len(found)
 
 
 def live_count(db: Database, version: str) -> int:
@@ -100,8 +104,7 @@ def differing(db: Database, old: str, new: str) -> tuple[tuple[LiveEdit, ...], t
     """The live edits that only one of two versions has as they are, weights aside: of the old, of the new."""
     sides = (places(db, old), places(db, new))
     before, after = ({digest for digest, _, _ in side} for side in sides)
-    columns = "id, prompt, weights_fingerprint, notes_fingerprint, digest, json"
-    sql = f"select {columns} from edits where digest in (select value from json_each(?))"
+    sql = f"select {_STORED} from edits e where e.digest in (select value from json_each(?))"
     known = {row[4]: Stored._make(row) for row in db.execute(sql, [json.dumps(sorted(before ^ after))])}
     first, second = (tuple(LiveEdit(known[d], delta, c) for d, delta, c in side if d in known) for side in sides)
     return first, second

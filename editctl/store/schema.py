@@ -80,6 +80,8 @@ def m002_views(db: Database) -> None:
         operations.update(row["id"], {"aliases": json.dumps(aliases, ensure_ascii=False)})
     db.table("aliases").drop()
     db.table("answers").create_index(["edit"])
+    for column in ("id", "prompt"):
+        db.table("edits").create_index([column])
     for row in list(versions.rows_where(order_by="number", select="id")):
         versions.update(row["id"], {"seal": version_seal(db, row["id"])})
     seal = ""

@@ -106,14 +106,16 @@ class Store(Connection):
         with self._reading() as db:
             return rows.resolve(db, ref)
 
-    def edits(self, version: Version | None, near: Iterable[str] | None = None) -> tuple[LiveEdit, ...]:
-        """What is live in the version, in order of application.
-
-        Args:
-            near: ids and prompts of the edits that can be read whole, where not all need be.
-        """
+    def edits(self, version: Version | None) -> tuple[LiveEdit, ...]:
+        """What is live in the version, in order of application."""
         with self._reading() as db:
-            return rows.live(db, version.id if version else "", near)
+            return rows.live(db, version.id if version else "")
+
+    def near(self, version: Version | None, names: Iterable[str]) -> tuple[tuple[LiveEdit, ...], int]:
+        """The live edits of a version that have one of these ids or prompts, in order, and how many others there are;
+        reading all of very many takes longer than comparing them."""
+        with self._reading() as db:
+            return rows.near(db, version.id if version else "", names)
 
     def count(self, version: Version) -> int:
         """How many edits are live in the version."""
