@@ -277,7 +277,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
         layers = [1] if methods.METHODS[name].tune or methods.METHODS[name].layers == "single" else [0, 1]
         return made_with(name, 2, layers=layers, energy=0.2, batch_size=2, seed=seed)
 
-    chosen = (*[""] * 8, "memit", "encore", "rome", "rect", "prune", "nse", "nas", "blue", "ft-m")
+    chosen = (*[""] * 18, "memit", "encore", "rome", "rect", "prune", "nse", "nas", "blue", "ft-m")
     return Engine(Stub(), cache(params), chosen, untouched(tmp_path / "store").root, told=True)
 
 
@@ -311,7 +311,7 @@ def llama(
         return made_with(name, len(model.blocks), **{**QUICK, "corpus": str(corpus), "seed": seed, "steps": 3})
 
     run_room.moments_for(model, methods.Settings.from_params(params("alphaedit", 0)), BASE_CONTENT, start, silent)
-    return Engine(model, cache(params), (*[""] * 4, "memit", "rome", "nse"), start.root)
+    return Engine(model, cache(params), (*[""] * 8, "memit", "rome", "nse"), start.root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
