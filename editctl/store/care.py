@@ -51,12 +51,13 @@ def inspect(store: Store) -> list[Fault]:
         # Of a database that is damaged, what it does not name may be needed all the same.
         return faults + _looked(store, _spoiled)
     faults, beside = _looked(store, _spoiled), _beside(store)
-    if not beside or store.busy():
+    left = _unnamed(store, beside)
+    # Asked only then, for who asks has the lock for a moment, in which nobody can begin to write.
+    if left and store.busy():
         # A run that is not at its end has files that no version names yet.
         return faults
-    # Read after they were listed: a run that came to its end in between has named its files.
-    named = _named(store)
-    left = [one for one in beside if one.path.name not in named]
+    # Once more: a run that came to its end in between has named its files.
+    left = _unnamed(store, left) if left else left
     return faults + [Fault(f"file {one.path}", LEFT, "`editctl gc` removes it") for one in left]
 
 
