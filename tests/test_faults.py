@@ -444,19 +444,20 @@ def stage(ended: Ended) -> str:
     return next((name for part, name in passed.items() if any(part in gap for gap in ended.gaps)), "starting")
 
 
-OFTEN = ("apply", "undo", "repair", "backup")
-"""Cases killed at every step each time the tests run; the others are with the slow ones."""
-EVERY = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CASES]
+OFTEN = {"apply": 1, "undo": 1, "repair": 3, "backup": 3}
+"""Cases killed at steps each time the tests run: at every one, at every third. The slow tests do all at all."""
+EVERY = [pytest.param(name, stride, id=f"{name}-{stride}") for name, stride in OFTEN.items()]
+EVERY += [pytest.param(name, 1, id=f"{name}-1", marks=pytest.mark.slow) for name in CASES if OFTEN.get(name) != 1]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "stride"), EVERY)
 def test_killed_at_any_step_a_command_has_happened_or_not(
-    nursery: Nursery, undisturbed: Known, copy: Copy, model: Model, name: str
+    nursery: Nursery, undisturbed: Known, copy: Copy, model: Model, name: str, stride: int
 ) -> None:
     """Before every change of the disk, in the middle of every write, and after the last."""
     case, known = CASES[name], undisturbed(name)
     whole = Counter[bool]()
-    for gap in between(known.gaps):
+    for gap in between(known.gaps)[::stride]:
         folder = copy(case.template)
         ended = nursery.run(folder, *case.arguments, kill=gap)
         assert ended.killed, ended.err

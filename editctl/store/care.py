@@ -50,14 +50,14 @@ def inspect(store: Store) -> list[Fault]:
     if faults := damage(store):
         # Of a database that is damaged, what it does not name may be needed all the same.
         return faults + _looked(store, _spoiled)
-    faults, beside = _looked(store, _spoiled), _beside(store)
-    left = _unnamed(store, beside)
-    # Asked only then, for who asks has the lock for a moment, in which nobody can begin to write.
+    faults, left = _looked(store, _spoiled), _leftovers(store)
+    # Asked only then: who asks has the lock for a moment, in which nobody can begin to write.
     if left and store.busy():
         # A run that is not at its end has files that no version names yet.
         return faults
-    # Once more: a run that came to its end in between has named its files.
-    left = _unnamed(store, left) if left else left
+    # A run that came to its end in between has named its files, or taken them away.
+    named = _named(store) if left else set()
+    left = [one for one in left if one.path.name not in named and one.path.exists()]
     return faults + [Fault(f"file {one.path}", LEFT, "`editctl gc` removes it") for one in left]
 
 
