@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from editctl.errors import StoreError
 from editctl.metrics.values import Answer, Metric
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ CANDIDATE = "candidate"
 def _read(text: str) -> Edit:
     from editctl.spec import Edit
 
-    return Edit.from_json(json.loads(text))
+    try:
+        return Edit.from_json(json.loads(text))
+    except ValueError:
+        message = "the text of an edit in the store is not what was recorded"
+        raise StoreError(message, "`editctl verify` says which") from None
 
 
 class Stored(NamedTuple):

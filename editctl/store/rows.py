@@ -32,11 +32,22 @@ def plain(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else value
 
 
+def _check(row: dict[str, Any]) -> None:
+    """Make sure that a row of versions or operations has all its values.
+
+    Raises:
+        ValueError: a damaged page took one.
+    """
+    if None in row.values():
+        raise ValueError("a value is missing")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Versions
 
 
 def _version(row: dict[str, Any]) -> Version:
+    _check(row)
     parsed = {name: json.loads(row[name]) for name in ("params", "libraries", "seconds", "norms", "gates")}
     parsed["norms"] = {module: (update, weight) for module, (update, weight) in parsed["norms"].items()}
     return Version(**{f.name: parsed.get(f.name, row[f.name]) for f in fields(Version)})
@@ -158,6 +169,7 @@ def operations(db: Database, limit: int | None = None) -> list[Operation]:
     """The operations, newest first."""
     found = []
     for row in db.table("operations").rows_where(order_by="id desc", limit=limit):
+        _check(row)
         row.pop("seal")
         lists = {name: tuple(json.loads(row[name])) for name in ("edits", "candidates")}
         found.append(Operation(**{**row, **lists, "aliases": json.loads(row["aliases"])}))
