@@ -1,8 +1,8 @@
 """A spec: the facts a model should know, declared in TOML.
 
-Knows: the file format, its JSON Schema, where in a file each value stands, every check that needs no model, and how to
-change one edit of a file without losing a comment. Refuses: models, tokenizers, the store, and raising for bad content;
-whatever a file holds becomes problems, each with its line and a remedy.
+Knows: the file format, its JSON Schema, where in a file each value stands, every check that needs no model, and which
+files need not be read again. Refuses: models, tokenizers, the store, writing, and raising for bad content; whatever a
+file holds becomes problems, each with its line and a remedy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -48,7 +47,7 @@ _NOTES = {"source", "note"}
 _LONG_TEXTS = _NOTES | {"relation", "paraphrases", "prompt"}
 """Fields that may hold line breaks and tabs."""
 _MAY_BE_EMPTY = _NOTES | {"target_true", "kind", "method"}
-_REQUIRED = ("subject", "relation", "target_new")
+REQUIRED = ("subject", "relation", "target_new")
 _PLACED = ("method", "file", "line")
 """Fields of an Edit that are not keys of its table: the first is the file's, the others say where it stands."""
 
@@ -107,12 +106,12 @@ class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
     @property
     def weights_fingerprint(self) -> str:
         """16 hex digits that change exactly when the weights would: subject, relation, target_new or method differ."""
-        return _fingerprint({name: getattr(self, name) for name in (*_REQUIRED, "method")})
+        return _fingerprint({name: getattr(self, name) for name in (*REQUIRED, "method")})
 
     @property
     def notes_fingerprint(self) -> str:
         """16 hex digits over what is measured or remembered: all fields that neither change the weights nor name."""
-        return _fingerprint(self.model_dump(mode="json", exclude={*_REQUIRED, "method", "id"}))
+        return _fingerprint(self.model_dump(mode="json", exclude={*REQUIRED, "method", "id"}))
 
     def to_json(self) -> dict[str, Any]:
         """All fields but `file` and `line`, as JSON values."""
@@ -131,6 +130,8 @@ class Report:
     edits: tuple[Edit, ...]
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    faulty: tuple[Edit, ...] = ()
+    """The other edits, as far as they could be read: what was not is empty."""
 
 
 def fill(template: str, subject: str) -> str:
@@ -144,32 +145,75 @@ def visible(text: str, width: int = 60) -> str:
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
-def _quoted(text: str, width: int = 60) -> str:
+def quoted(text: str, width: int = 60) -> str:
+    """The text as messages show it, in quotes."""
     return f'"{visible(text, width)}"'
 
 
 def check(paths: Sequence[Path]) -> Report:
     """Read spec files, and folders for their *.toml; all problems of all files at once, by file and line."""
-    readers: list[_Reader] = []
-    problems: list[Problem] = []
-    warnings: list[Problem] = []
-    for path in _files(paths, problems, warnings):
-        if len(problems) + sum(len(reader.problems) for reader in readers) > MAX_PROBLEMS:
-            message = f"was not read, for there are more than {MAX_PROBLEMS} problems before it"
-            problems.append(Problem(str(path), 1, message, "mend those first"))
-            break
-        text = _read(path, problems)
-        if text is not None:
-            readers.append(_Reader(str(path), text))
-    # counted before the edits are held against each other: what two of them dispute leaves each readable
-    found = [(reader, index, edit) for reader in readers for index, edit in reader.edits]
-    sound = tuple(edit for reader, index, edit in found if index not in reader.faulty)
-    with suppress(_Enough):
-        _check_together(found)
-    for reader in readers:
-        problems += reader.problems
-        warnings += reader.warnings
-    return Report(sound, *(tuple(sorted(some, key=lambda p: (p.file, p.line))) for some in (problems, warnings)))
+    return Shelf().check(paths)
+
+
+class Shelf:
+    """Spec files that are read once: a file that did not change is not read again.
+
+    What was read of a file stays in memory until a check no longer finds it under the paths it is given. One thread at
+    a time may ask.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[_Stamp, Reader]] = {}
+
+    def check(self, paths: Sequence[Path], texts: Mapping[str, str] | None = None) -> Report:
+        """Read spec files, and folders for their *.toml; all problems of all files at once, by file and line.
+
+        Args:
+            texts: what files would hold, by path as in `Edit.file`, instead of what is on disk; files that the paths
+                would name if they were there count too.
+        """
+        texts = texts or {}
+        readers: list[Reader] = []
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
+        files = _files(paths, texts, problems, warnings)
+        self._held = {real: held for real, held in self._held.items() if real in files}
+        own = 0
+        for real, path in files.items():
+            if len(problems) + own > MAX_PROBLEMS:
+                message = f"was not read, for there are more than {MAX_PROBLEMS} problems before it"
+                problems.append(Problem(str(path), 1, message, "mend those first"))
+                break
+            name = str(path)
+            reader = Reader(name, texts[name]) if name in texts else self._reader(real, path, problems)
+            if reader is not None:
+                readers.append(reader)
+                own += len(reader.problems)
+        # told apart before the edits are held against each other: what two of them dispute leaves each readable
+        found = [(reader, index, edit) for reader in readers for index, edit in reader.edits]
+        sound = tuple(edit for reader, index, edit in found if index not in reader.faulty)
+        faulty = tuple(edit for reader, index, edit in found if index in reader.faulty)
+        with suppress(_Enough):
+            _check_together(found)
+        for reader in readers:
+            problems += reader.problems
+            warnings += reader.warnings
+        for some in (problems, warnings):
+            some.sort(key=lambda p: (p.file, p.line))
+        return Report(sound, tuple(problems), tuple(warnings), faulty)
+
+    def _reader(self, real: str, path: Path, problems: list[Problem]) -> Reader | None:
+        """The file as it was read; None, with a problem, when it has no text, and then it is tried again next time."""
+        stamp = _stamp(path)  # taken before the file is read: a change in between makes it old, never new
+        held, reader = self._held.pop(real, (None, None))
+        if reader is not None and held == stamp:
+            reader.forget_others()
+        else:
+            text = read(path, problems)
+            reader = None if text is None else Reader(str(path), text)
+        if reader is not None and stamp is not None:
+            self._held[real] = stamp, reader
+        return reader
 
 
 def load(paths: Sequence[Path], warn: Callable[[Problem], None] = lambda warning: None) -> tuple[Edit, ...]:
@@ -221,114 +265,29 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def save(path: Path, edit: Edit, replacing: str = "") -> None:
-    """Add the edit to the file, made if absent, or replace the one whose id is `replacing`; the rest stays as it is.
-
-    Raises InvalidInput when the file cannot be read, lacks `replacing`, already has the id, or is of another method.
-    """
-    path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
-    edit = edit if edit.id else edit.model_copy(update={"id": _slug(edit.subject, edit.relation)})
-    problems: list[Problem] = []
-    before = _read(path, problems) if path.exists() else ""
-    known = _Reader(str(path), before or "")
-    if before is None or (before and not known.parsed):
-        raise InvalidInput(f"{path} cannot be changed", "mend it first", problems + known.problems)
-    place = {old.id: at for at, (_, old) in enumerate(known.edits) if old.id}
-    if replacing and replacing not in place:
-        raise InvalidInput(f"{path} has no edit {_quoted(replacing)}", _nearest(replacing, place))
-    if edit.id != replacing and edit.id in place:
-        raise InvalidInput(f"{path} already has an edit {_quoted(edit.id)}", "give the new one another id")
-    if before and edit.method != known.method:
-        told = f"the method {_quoted(known.method)}" if known.method else "no method of its own"
-        raise InvalidInput(f"{path} is for {told}", "save the edit to a file of its own")
-    wanted = [old.to_json() for _, old in known.edits]
-    at = place[replacing] if replacing else len(wanted)
-    wanted[at : at + 1] = [edit.to_json()]
-    after = _changed(before, edit, known.edits[place[replacing]] if replacing else None)
-    # read back before the file is touched: what the writer gets wrong costs a message, never an edit
-    data = b"" if after is None else after.encode(errors="replace")
-    reread = _Reader(str(path), data.decode())
-    if [new.to_json() for _, new in reread.edits] != wanted:
-        raise InvalidInput(f"{path} cannot hold the edit as it is", "change the file in an editor", reread.problems)
-    _replace(path, data)
+_Stamp = tuple[str, int, int, int]
+"""What tells whether a file is as it was: the name it was asked by, time of change, size and inode."""
 
 
-def _changed(before: str, edit: Edit, replaced: tuple[int, Edit] | None) -> str | None:
-    """The text of a file with the edit in place of the replaced one, or at its end; None when it cannot be written."""
-    import tomlkit
-    from tomlkit.exceptions import TOMLKitError
-    from tomlkit.items import AoT, Table
-
-    def value(name: str) -> Any:
-        raw = getattr(edit, name)
-        if not isinstance(raw, tuple):
-            return raw
-        items = tomlkit.array()
-        for item in raw:
-            if isinstance(item, Probe) and (item.answer or item.kind):
-                fields = item.model_dump(exclude_defaults=True)
-                if len(item.answer) == 1:
-                    fields["answer"] = item.answer[0]
-                item = tomlkit.inline_table()
-                item.update({key: list(part) if isinstance(part, tuple) else part for key, part in fields.items()})
-            items.append(item.prompt if isinstance(item, Probe) else item)
-        return items.multiline(len(raw) > 1)
-
-    own_id = edit.id != _slug(edit.subject, edit.relation)
-    written = [name for name in _KEYS if name in _REQUIRED or (getattr(edit, name) and (name != "id" or own_id))]
+def _stamp(path: Path) -> _Stamp | None:
+    """None when there is no such file."""
     try:
-        if replaced is None:
-            head = {"version": VERSION} | ({"method": edit.method} if edit.method else {})
-            table = tomlkit.table()
-            for name in written:
-                table[name] = value(name)
-            above = before.rstrip("\r\n") + "\n" if before else tomlkit.dumps(head)
-            after = above + "\n" + tomlkit.dumps({"edit": AoT([table])})
-        else:
-            index, old = replaced
-            document = tomlkit.parse(before)
-            table = document["edit"][index]
-            added = [name for name in written if name not in table]
-            for name in _KEYS:
-                if name in added or (name in table and getattr(edit, name) != getattr(old, name)):
-                    table[name] = value(name)
-                    if not getattr(edit, name):
-                        del table[name]
-            # tomlkit puts new keys below the comments and blank lines that lead to the next edit
-            body = table.value.body
-            kept = [entry for entry in body if entry[0] is None or entry[0].key not in added]
-            plain = [at for at, (key, item) in enumerate(kept, 1) if key and not isinstance(item, Table | AoT)]
-            new = [entry for entry in body if entry[0] is not None and entry[0].key in added]
-            body[:] = kept[: max(plain, default=0)] + new + kept[max(plain, default=0) :]
-            after = tomlkit.dumps(document)
-    except (TOMLKitError, ValueError, RecursionError):
+        found = os.stat(path)
+    except (OSError, ValueError):  # no path has a NUL
         return None
-    return re.sub(r"(?<!\r)\n", "\r\n", after) if "\r\n" in before else after
+    return str(path), found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write the file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be written: {error.strerror}", "name a file that you may write") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _files(paths: Sequence[Path], problems: list[Problem], warnings: list[Problem]) -> list[Path]:
-    """The files that the paths name, each once; a folder stands for its *.toml. None when there are too many."""
+def _files(
+    paths: Sequence[Path], texts: Mapping[str, str], problems: list[Problem], warnings: list[Problem]
+) -> dict[str, Path]:
+    """The files that the paths name, each once, by real path; a folder stands for its *.toml. None when too many."""
     files: dict[str, Path] = {}
     for path in paths:
-        inside = sorted(islice(path.glob("*.toml"), MAX_FILES + 1)) if os.path.isdir(path) else [path]
+        given = {Path(name) for name in texts if name.endswith(".toml") and Path(name).parent == path}
+        inside = [path]
+        if given or os.path.isdir(path):
+            inside = sorted(given.union(islice(path.glob("*.toml"), MAX_FILES + 1)))
         if not inside:
             warnings.append(Problem(str(path), 1, "holds no *.toml file", "its edits would all be dropped"))
         for file in inside:
@@ -336,11 +295,11 @@ def _files(paths: Sequence[Path], problems: list[Problem], warnings: list[Proble
         if len(files) > MAX_FILES:
             message = f"makes more than {MAX_FILES} spec files"
             problems.append(Problem(str(path), 1, message, "write more edits to a file, or name fewer files"))
-            return []
-    return list(files.values())
+            return {}
+    return files
 
 
-def _read(path: Path, problems: list[Problem]) -> str | None:
+def read(path: Path, problems: list[Problem]) -> str | None:
     """The text of a file; None, with a problem, when it has none."""
     try:
         with open(path, "rb") as file:
@@ -423,11 +382,11 @@ class _Enough(Exception):
 _Where = tuple[str | int, ...]
 """The way to a value: keys, and positions in lists, from 0."""
 
-_KEYS = tuple(name for name in Edit.model_fields if name not in _PLACED)
+KEYS = tuple(name for name in Edit.model_fields if name not in _PLACED)
 _NOUNS = {"paraphrases": "paraphrase", "tags": "tag", "locality": "locality probe", "portability": "portability probe"}
 
 
-class _Reader:
+class Reader:
     """One file's text on its way to edits: what could be read, and what was wrong."""
 
     def __init__(self, file: str, text: str) -> None:
@@ -443,10 +402,17 @@ class _Reader:
             data = parse(text)
         except NotToml as error:
             self.problems.append(Problem(file, error.line, f"not valid TOML: {error}", error.hint))
-            return
-        self.parsed = True
-        with suppress(_Enough):
-            self._read(data)
+        else:
+            self.parsed = True
+            with suppress(_Enough):
+                self._read(data)
+        self._own = len(self.problems), len(self.warnings), frozenset(self.faulty)
+
+    def forget_others(self) -> None:
+        """Tell no more than what the file by itself makes to tell, not how its edits stand to other files'."""
+        problems, warnings, faulty = self._own
+        del self.problems[problems:], self.warnings[warnings:]
+        self.faulty = set(faulty)
 
     def _read(self, data: Mapping[str, Any]) -> None:
         self._unknown(data, (), ("version", "method", "edit"))
@@ -500,6 +466,7 @@ class _Reader:
             raise _Enough
 
     def warn(self, where: _Where, message: str, hint: str) -> None:
+        """Tell a warning, unless there are as many as are told already."""
         if len(self.warnings) == MAX_PROBLEMS:
             message, hint = f"has more than {MAX_PROBLEMS} warnings; no more are told", "look at those before it first"
         if len(self.warnings) <= MAX_PROBLEMS:
@@ -510,20 +477,20 @@ class _Reader:
             if key not in known:
                 inside = f" in {_label(where)}" if len(where) > 2 else ""
                 stray = key in ("version", "method") and where
-                hint = "write it above the first [[edit]]" if stray else _nearest(key, known)
-                self.problem((*where, key), f"unknown key {_quoted(key)}{inside}", hint)
+                hint = "write it above the first [[edit]]" if stray else nearest(key, known)
+                self.problem((*where, key), f"unknown key {quoted(key)}{inside}", hint)
 
     def _text(self, value: object, where: _Where) -> str:
         """The value if it is a string, with a problem for what no such string may hold; else empty."""
         name = _field(where)
         if not isinstance(value, str):
             text = _told(value)
-            hint = f"write it in quotes: {_quoted(text)}" if text else "write one string in quotes"
+            hint = f"write it in quotes: {quoted(text)}" if text else "write one string in quotes"
             self.problem(where, f"{_label(where)} is {_type(value)}, not a string", hint)
             return ""
         if not value.strip():
             if value or name not in _MAY_BE_EMPTY:
-                hint = "write it" if name in _REQUIRED else "write it or take it out"
+                hint = "write it" if name in REQUIRED else "write it or take it out"
                 self.problem(where, f"{_label(where)} is empty", hint)
             return ""
         if len(value) > LIMITS[name]:
@@ -533,13 +500,13 @@ class _Reader:
             return ""
         hidden = [c for c in _HIDDEN.findall(value) if c not in "\n\t" or name not in _LONG_TEXTS]
         if hidden:
-            message = f"{_label(where)} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {_quoted(value)}"
+            message = f"{_label(where)} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {quoted(value)}"
             self.problem(
                 where, message, "take it out: readers do not see it, and a model reads it as tokens of its own"
             )
         elif name not in _NOTES and value != value.strip():
             hint = "take it out: a space at the end changes the tokens of the prompt and of its answer"
-            self.problem(where, f"{_label(where)} begins or ends with a space: {_quoted(value)}", hint)
+            self.problem(where, f"{_label(where)} begins or ends with a space: {quoted(value)}", hint)
         return value
 
     def _list(self, value: object, where: _Where) -> list[object]:
@@ -577,12 +544,12 @@ class _Reader:
         if not isinstance(raw, dict):
             self.problem(where, f"{_label(where)} is {_type(raw)}, not a table", "write an [[edit]] table")
             return
-        self._unknown(raw, where, _KEYS)
-        values: dict[str, Any] = dict.fromkeys(_REQUIRED, "")
-        for name in _KEYS:
+        self._unknown(raw, where, KEYS)
+        values: dict[str, Any] = dict.fromkeys(REQUIRED, "")
+        for name in KEYS:
             at = (*where, name)
             if name not in raw:
-                if name in _REQUIRED:
+                if name in REQUIRED:
                     self.problem(where, f"{name} is missing", f'every edit needs {name} = "…"')
             elif name in ("locality", "portability"):
                 probes = enumerate(self._list(raw[name], at))
@@ -591,11 +558,11 @@ class _Reader:
                 values[name] = (self._texts if name in ("paraphrases", "tags") else self._text)(raw[name], at)
         if "id" in raw:
             if values["id"] and not _ID.fullmatch(values["id"]):
-                hint = f'use a-z, 0-9, ".", "_" and "-", and begin with a letter or digit: id = "{_slug(values["id"])}"'
-                self.problem((*where, "id"), f"id {_quoted(values['id'])} is not a plain name", hint)
+                hint = f'use a-z, 0-9, ".", "_" and "-", and begin with a letter or digit: id = "{slug(values["id"])}"'
+                self.problem((*where, "id"), f"id {quoted(values['id'])} is not a plain name", hint)
         elif values["subject"] and values["relation"]:
             self.unnamed.add(index)
-            values["id"] = _slug(values["subject"], values["relation"])
+            values["id"] = slug(values["subject"], values["relation"])
         edit = Edit(**values, method=self.method, file=self.file, line=self.line(where))
         self.edits.append((index, edit))
         self._check_target(edit, where)
@@ -610,7 +577,7 @@ class _Reader:
             if SLOT in getattr(edit, name):
                 self.problem((*where, name), f"{name} contains {{}}", "{} stands for the subject, only in prompts")
         if edit.target_new and edit.target_new == edit.target_true:
-            message = f"target_new and target_true are both {_quoted(edit.target_new)}"
+            message = f"target_new and target_true are both {quoted(edit.target_new)}"
             self.problem((*where, "target_new"), message, "an edit changes something: give another target")
 
     def _slots(self, text: str, where: _Where) -> int:
@@ -626,17 +593,17 @@ class _Reader:
         slots, named = self._slots(edit.relation, at), _mentions(edit.subject, edit.relation)
         if slots == 1 and named:
             hint = "keep one of the two: the subject is looked up at {}"
-            self.problem(at, f"relation names the subject {_quoted(edit.subject)} beside {{}}", hint)
+            self.problem(at, f"relation names the subject {quoted(edit.subject)} beside {{}}", hint)
         if slots:
             return
         if named == 1:
-            hint = f"write relation = {_quoted(edit.relation.replace(edit.subject, SLOT, 1), 200)}"
+            hint = f"write relation = {quoted(edit.relation.replace(edit.subject, SLOT, 1), 200)}"
         elif named:
             hint = f"the subject stands in it {named} times: write {{}} for one and reword the others"
         else:
             # A guess takes up to 40 ms; whoever has this many problems mends them by a rule.
             near = _near(edit.subject, edit.relation) if len(self.problems) < 100 else ""
-            hint = f"did you mean {_quoted(near, 200)}?" if near else "write {} where the subject stands"
+            hint = f"did you mean {quoted(near, 200)}?" if near else "write {} where the subject stands"
         self.problem(at, "relation has no place {} for the subject", hint)
 
     def _check_paraphrases(self, edit: Edit, where: _Where) -> None:
@@ -669,7 +636,7 @@ class _Reader:
                 self.problem(at, f"{_label(at)} repeats locality probe {seen[prompt] + 1}", "take one out")
             elif SLOT not in probe.prompt and edit.subject and _mentions(edit.subject, prompt):
                 hint = "write {} for another fact about the subject that must stay, or move it to portability"
-                self.problem(at, f"{_label(at)} is about the subject: {_quoted(prompt)}", hint)
+                self.problem(at, f"{_label(at)} is about the subject: {quoted(prompt)}", hint)
             seen.setdefault(prompt, position)
 
     def _check_portability(self, edit: Edit, where: _Where) -> None:
@@ -681,7 +648,7 @@ class _Reader:
                 self.problem(at, f"{_label(at)} has no answer", hint)
 
 
-def _check_together(found: Sequence[tuple[_Reader, int, Edit]]) -> None:
+def _check_together(found: Sequence[tuple[Reader, int, Edit]]) -> None:
     """Hold the edits of all files against each other."""
     ids: dict[str, Edit] = {}
     prompts: dict[str, Edit] = {}
@@ -691,39 +658,40 @@ def _check_together(found: Sequence[tuple[_Reader, int, Edit]]) -> None:
         usable = bool(edit.subject) and edit.relation.count(SLOT) == 1
         same = prompts.setdefault(edit.prompt, edit) if usable else edit
         if same is not edit and same.target_new == edit.target_new:
-            message = f"duplicate of {_quoted(same.id)} at {_place(same)}"
+            message = f"duplicate of {quoted(same.id)} at {_place(same)}"
             reader.problem(where, message, "take one out, and keep the probes of both in the other")
         elif same is not edit:
-            targets = f"({_quoted(same.target_new)} -> {_quoted(edit.target_new)})"
-            message = f"contradicts {_quoted(same.id)} at {_place(same)} {targets}"
+            targets = f"({quoted(same.target_new)} -> {quoted(edit.target_new)})"
+            message = f"contradicts {quoted(same.id)} at {_place(same)} {targets}"
             reader.problem(where, message, "a model can be taught one of them; take the other out")
         named = ids.setdefault(edit.id, edit) if edit.id else edit
         if named is not edit and not (index in reader.unnamed and same is not edit):
             made = " (made from subject and relation)" if index in reader.unnamed else ""
             hint = 'give this edit an id of its own: id = "…"'
-            message = f"id {_quoted(edit.id)}{made} is taken by the edit at {_place(named)}"
+            message = f"id {quoted(edit.id)}{made} is taken by the edit at {_place(named)}"
             reader.problem((*where, "id"), message, hint)
         kin = subjects.setdefault(edit.subject, edit) if usable else edit
         if kin is not edit and same is edit:
-            message = f"shares the subject {_quoted(edit.subject)} with {_quoted(kin.id)} at {_place(kin)}"
+            message = f"shares the subject {quoted(edit.subject)} with {quoted(kin.id)} at {_place(kin)}"
             reader.warn(where, message, "they are taught together, which is harder than one; look at both afterwards")
     for reader, index, edit in found:
         for position, prompt in enumerate(edit.locality_prompts):
             other = prompts.get(prompt, edit)
             if other is not edit and prompt != edit.prompt:
-                theirs = f"the edit {_quoted(other.id)} at {_place(other)}"
+                theirs = f"the edit {quoted(other.id)} at {_place(other)}"
                 message = f"locality probe {position + 1} asks what {theirs} changes"
                 reader.problem(("edit", index, "locality", position), message, "take it out: its answer will not stay")
 
 
-_TOKEN = re.compile(
+TOKEN = re.compile(
     r'"{3}(?:[^"\\]+|\\.|"{1,2}(?!"))*+"{3,5}'  # multi-line strings, which may end in quotes of their own
     r"|'{3}(?:[^']+|'{1,2}(?!'))*+'{3,5}"
     r'|"(?:[^"\\]|\\.)*+"' + r"|'[^']*'"
     r"""|\#[^\n]*|\n(?:\s|\#[^\n]*)*+|[\[\]{}=,]|[^\s\[\]{}=,"'\#.]+""",
     re.S,
 )
-
+"""The pieces of a valid TOML text: strings, a comment after a value, a line end with the empty lines and comments below
+it, brackets and other signs, and words; spaces and dots lie between them."""
 
 _HEADER = re.compile(r"""^[ \t]*\[\[[ \t]*(?:edit|"edit"|'edit')[ \t]*\]\]""", re.M)
 
@@ -761,7 +729,7 @@ def locate(text: str) -> dict[tuple[str | int, ...], int]:
         if len(where) <= MAX_DEPTH and not (isinstance(last, int) and last >= MAX_EDITS):
             lines.setdefault(where, line)
 
-    for match in _TOKEN.finditer(text + "\n"):
+    for match in TOKEN.finditer(text + "\n"):
         token, line, seen = match[0], line + text.count("\n", seen, match.start()), match.start()
         in_list = bool(opened) and opened[-1][1] >= 0
         if token[0] == "#" or (token[0] == "\n" and opened):
@@ -824,7 +792,7 @@ def _field(where: _Where) -> str:
 def _told(value: object) -> str:
     """A value as TOML writes it; empty for lists, tables and numbers that TOML promises no place for."""
     if isinstance(value, str):
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, dict | list) or (isinstance(value, int) and abs(value) >= 2**63):
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -835,7 +803,8 @@ def _type(value: object) -> str:
     return names.get(type(value), "a date or time")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not among the known ones: the one nearest to it, or which there are."""
     known = list(known)
     close = get_close_matches(name, known, 1)
     few = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
@@ -879,7 +848,7 @@ def _near(subject: str, text: str) -> str:
     return found
 
 
-def _slug(*texts: str) -> str:
+def slug(*texts: str) -> str:
     """A plain name from the words of the texts; what has no Latin letter counts by its hash."""
     parts = []
     for text in texts:

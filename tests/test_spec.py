@@ -1,9 +1,8 @@
-"""Specs: what is read from TOML, what is refused and in which words, and what saving leaves alone."""
+"""Specs: what is read from TOML, what is refused and in which words, and what is not read again."""
 
 import json
 import os
 import re
-import string
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from editctl import spec
 from editctl.errors import InvalidInput
-from editctl.spec import Edit, Probe, check, fill, json_schema, load, save, visible
+from editctl.spec import Edit, Probe, Shelf, check, fill, json_schema, load, visible
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = Path(os.environ.get("EDITCTL_SAMPLES", ROOT / "../shared/data")) / "malformed"
@@ -626,6 +625,132 @@ def test_edits_without_a_problem_of_their_own_are_reported_beside_the_problems()
     assert len(report.problems) == 1
 
 
+def test_edits_with_a_problem_of_their_own_are_reported_as_far_as_they_could_be_read():
+    """In the files' order, each with its place; what another edit disputes is no problem of one's own."""
+    Path("a.toml").write_text(HEAD + ANOTHER.replace('"Oslo"', "7") + "\n[[edit]]\n")
+    Path("b.toml").write_text(HEAD.replace("Rome", "Oslo") + ANOTHER.replace("{} is in", "in"))
+    report = check([Path("b.toml"), Path("a.toml")])
+    found = [(edit.file, edit.line, edit.subject, edit.relation, edit.target_new) for edit in report.faulty]
+    assert found == [
+        ("b.toml", 8, "The Louvre", "in", "Oslo"),
+        ("a.toml", 8, "The Louvre", "{} is in", ""),
+        ("a.toml", 13, "", "", ""),
+    ]
+    assert [edit.file for edit in report.edits] == ["b.toml", "a.toml"]
+    assert any("contradicts" in problem.message for problem in report.problems)
+
+
+SOME = [
+    HEAD,
+    HEAD.replace("Rome", "Oslo"),
+    HEAD + ANOTHER,
+    HEAD + 'locality = ["The Louvre is in"]\n',
+    HEAD.replace("{} is in", "is in") + ANOTHER,
+    HEAD.replace("subject", "subjct"),
+    "version = \n",
+    "version = 1\n",
+    "\xe9",
+]
+"""Files that contradict each other, are wrong by themselves, or cannot be read."""
+states = st.dictionaries(st.sampled_from(["a.toml", "b.toml", "c.toml"]), st.sampled_from(SOME))
+
+
+def disk_holds(files):
+    """Make the files of the folder these; a file that is one already is not touched."""
+    for path in set(Path().iterdir()) - {Path(name) for name in files}:
+        path.unlink()
+    for name, text in files.items():
+        if not Path(name).exists() or Path(name).read_bytes() != text.encode("latin-1"):
+            Path("new").write_bytes(text.encode("latin-1"))
+            Path("new").replace(name)
+
+
+@quick
+@given(st.lists(states, max_size=6))
+def test_a_shelf_tells_what_a_first_look_tells(history):
+    """After any changes of files: what edits disputed before does not stick to those that were kept."""
+    shelf, places = Shelf(), [Path("."), Path("c.toml")]
+    for files in history:
+        disk_holds(files)
+        assert shelf.check(places) == check(places)
+
+
+@quick
+@given(states, states)
+def test_a_shelf_tells_what_would_be_told_of_other_texts(files, typed):
+    """Of files that are there and of new ones; and afterwards of the disk again."""
+    typed = {name: text for name, text in typed.items() if text.isascii()}
+    shelf, places = Shelf(), [Path("."), Path("c.toml")]
+    disk_holds(files)
+    before = shelf.check(places)
+    told = shelf.check(places, typed)
+    assert shelf.check(places) == before
+    disk_holds(files | typed)
+    assert told == check(places)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the files that are read, in order."""
+    names, plain = [], spec.read
+    monkeypatch.setattr(spec, "read", lambda path, problems: names.append(str(path)) or plain(path, problems))
+    return names
+
+
+def test_a_shelf_reads_only_what_changed(reads):
+    """By time, size or inode; a file asked by another name is read under it, and one that was away is read again."""
+    one, two = Path("one.toml"), Path("two.toml")
+    one.write_text(HEAD)
+    two.write_text(ANOTHER)
+    shelf = Shelf()
+
+    def read_by(*paths, **more):
+        reads.clear()
+        report = shelf.check(paths or [one, two], **more)
+        again = [*reads]
+        assert report == Shelf().check(paths or [one, two], **more)
+        return again
+
+    assert read_by() == ["one.toml", "two.toml"]
+    assert read_by() == []
+    stamp = one.stat()
+    Path("other").write_text(HEAD.replace("Rome", "Oslo"))
+    os.utime("other", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    Path("other").replace(one)
+    assert (one.stat().st_mtime_ns, one.stat().st_size) == (stamp.st_mtime_ns, stamp.st_size)
+    assert read_by() == ["one.toml"]
+    os.utime(two, ns=(0, 0))
+    assert read_by() == ["two.toml"]
+    assert read_by(texts={"one.toml": HEAD + ANOTHER, "two.toml": "version = 1\n"}) == []
+    assert read_by() == []
+    assert read_by(one, two.absolute()) == [str(two.absolute())]
+    two.rename("away")
+    assert read_by() == ["two.toml"]
+    Path("away").rename(two)
+    assert read_by() == ["two.toml"]
+    assert read_by(one) == []
+    assert read_by() == ["two.toml"], "what a check is not asked for is not kept"
+
+
+def test_a_shelf_stops_at_too_many_problems_each_time(reads):
+    """The files after them are not read, and those told of as read stay so."""
+    many = "version = 1\n" + "".join(f"[[edit]]\nsubject = 'S{i}'\nrelation = 'x'\n" for i in range(600))
+    for name in "abc":
+        Path(f"{name}.toml").write_text(many)
+    shelf = Shelf()
+    first = shelf.check([Path(".")])
+    assert reads == ["a.toml"]
+    assert shelf.check([Path(".")]) == first == check([Path(".")])
+    assert reads == ["a.toml", "a.toml"]
+
+
+def test_a_shelf_takes_a_text_for_a_folder_that_is_not_there_yet():
+    """The first edit of a project is checked before its folder is made."""
+    report = Shelf().check([Path("specs")], {"specs/new.toml": HEAD})
+    assert ([edit.file for edit in report.edits], report.problems) == (["specs/new.toml"], ())
+    assert [found.message for found in Shelf().check([Path("specs")]).problems] == ["no such file"]
+
+
 def test_what_cannot_be_read_is_a_problem():
     """A folder by the name of a file, other bytes than UTF-8, too large a file."""
     Path("folder.toml").mkdir()
@@ -848,166 +973,6 @@ def test_a_fingerprint_is_the_same_in_every_release():
     found = Edit(subject="Café", relation="{} is in", target_new="Rome")
     assert found.weights_fingerprint == "6c66a90154034883"
     assert found.notes_fingerprint == "8431644438e7755b"
-
-
-COMMENTED = """# Landmarks that moved.
-version = 1
-
-# The tower.
-[[edit]]  # first
-subject = "The Eiffel Tower"   # of Paris
-relation = "{} is in"
-target_new = "Rome"  # for now
-locality = [
-  "The Louvre is in",  # near it
-  'The Colosseum is in',
-]
-# end of the tower
-
-# The museum.
-[[edit]]
-target_new = "Oslo"
-relation = "{} stands in"
-subject = "The British Museum"
-"""
-
-
-def test_saving_a_change_leaves_every_other_character():
-    """Comments, order and quotes stay; a new key stands with the others of its edit, not below the comments after."""
-    FILE.write_text(COMMENTED)
-    tower, _ = load([FILE])
-    save(FILE, tower.model_copy(update={"target_new": "Athens", "note": "moved"}), replacing=tower.id)
-    assert FILE.read_text() == COMMENTED.replace('"Rome"', '"Athens"').replace("]\n# end", ']\nnote = "moved"\n# end')
-    save(FILE, tower, replacing=tower.id)
-    assert FILE.read_text() == COMMENTED
-
-
-def test_saving_what_is_there_changes_nothing():
-    """Not even an id that is written though it need not be."""
-    text = HEAD + 'id = "the-eiffel-tower-is-in"\nnote = ""\nlocality = [{ prompt = "x", answer = ["y"] }]\n'
-    [found] = checked(text).edits
-    save(FILE, found, replacing=found.id)
-    assert FILE.read_text() == text
-
-
-def test_saving_a_new_edit_appends_it():
-    """Only what differs from the default is written."""
-    FILE.write_text(COMMENTED)
-    probes = (Probe(prompt="Bath is in"), Probe(prompt="Rome is in", answer=("Italy",)), Probe(prompt="x", kind="k"))
-    save(FILE, Edit(subject="Big Ben", relation="{} is in", target_new="Bonn", locality=probes))
-    assert FILE.read_text() == (
-        COMMENTED
-        + """
-[[edit]]
-subject = "Big Ben"
-relation = "{} is in"
-target_new = "Bonn"
-locality = [
-    "Bath is in",
-    {prompt = "Rome is in", answer = "Italy"},
-    {prompt = "x", kind = "k"},
-]
-"""
-    )
-    assert load([FILE])[2].locality == probes
-
-
-def test_saving_to_a_new_file_writes_the_version_and_the_method():
-    """The folder is made as well."""
-    path = Path("new/spec.toml")
-    save(path, Edit(id="ben", subject="Big Ben", relation="{} is in", target_new="Bonn", method="rome"))
-    assert path.read_text() == (
-        'version = 1\nmethod = "rome"\n\n[[edit]]\nid = "ben"\nsubject = "Big Ben"\nrelation = "{} is in"\n'
-        'target_new = "Bonn"\n'
-    )
-    assert [file.name for file in path.parent.iterdir()] == ["spec.toml"]
-
-
-def test_a_generated_id_is_written_when_the_words_it_came_from_change():
-    """An edit that is reworded stays the same edit."""
-    [found] = checked(HEAD).edits
-    save(FILE, found.model_copy(update={"subject": "Big Ben"}), replacing=found.id)
-    assert load([FILE])[0].id == "the-eiffel-tower-is-in"
-
-
-def test_saving_keeps_windows_line_ends_links_and_permissions():
-    """What the file is stays as it was; only what it says changes."""
-    real = Path("real.toml")
-    real.write_bytes(HEAD.replace("\n", "\r\n").encode())
-    real.chmod(0o640)
-    FILE.symlink_to(real)
-    save(FILE, Edit(subject="Big Ben", relation="{} is in", target_new="Bonn"))
-    assert FILE.is_symlink()
-    assert real.stat().st_mode & 0o777 == 0o640
-    assert re.search(rb"(?<!\r)\n", real.read_bytes()) is None
-    assert len(load([real])) == 2
-
-
-BEN = Edit(id="ben", subject="Big Ben", relation="{} is in", target_new="Bonn")
-
-
-@pytest.mark.parametrize(
-    ("text", "saved", "replacing", "message", "hint"),
-    [
-        (HEAD, BEN, "the-eifel-tower-is-in", 'has no edit "the-eifel-tower-is-in"', '"the-eiffel-tower-is-in"?'),
-        (HEAD + 'id = "ben"\n', BEN, "", 'already has an edit "ben"', "give the new one another id"),
-        (HEAD, BEN.model_copy(update={"method": "rome"}), "", "no method of its own", "a file of its own"),
-        ("version = \n", BEN, "", "cannot be changed", "mend it first"),
-        ("version = 1\nedit = []\n", BEN, "", "cannot hold the edit as it is", "in an editor"),
-        (HEAD, BEN.model_copy(update={"note": " "}), "", "cannot hold the edit as it is", "in an editor"),
-        (HEAD, BEN.model_copy(update={"note": "\ud800"}), "", "cannot hold the edit as it is", "in an editor"),
-    ],
-    ids=["unknown", "taken", "method", "not-toml", "inline", "blank-note", "half-a-character"],
-)
-def test_what_cannot_be_saved_is_refused_and_the_file_stays(text, saved, replacing, message, hint):
-    """The message names the file; nothing is left beside it."""
-    FILE.write_text(text)
-    with pytest.raises(InvalidInput) as caught:
-        save(FILE, saved, replacing)
-    assert message in caught.value.message
-    assert hint in caught.value.hint
-    assert FILE.read_text() == text
-    assert [file.name for file in Path().iterdir()] == ["spec.toml"]
-
-
-def texts(mark):
-    """Texts of any characters that a field may hold, known by their first letter and never naming a subject."""
-    inner = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="Q{"), max_size=12)
-    return inner.filter(lambda text: not spec._HIDDEN.search(text)).map(lambda text: f"{mark}{text}.")
-
-
-def probes(mark):
-    prompts = st.builds("{}{}".format, texts(mark), st.sampled_from(["", " {} ?", "{0}?", "\t\n."]))
-    answers = st.lists(texts("a"), min_size=1, max_size=3).map(tuple)
-    found = st.builds(Probe, prompt=prompts, answer=answers, kind=st.sampled_from(["", "reasoning"]))
-    return st.lists(found, max_size=3, unique_by=lambda probe: probe.prompt).map(tuple)
-
-
-edits = st.builds(
-    Edit,
-    id=st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=20),
-    subject=texts("Q"),
-    relation=texts("r").map(lambda text: text + " {} |{| }"),
-    target_new=texts("n"),
-    target_true=st.just("") | texts("t"),
-    paraphrases=st.lists(texts("p").map(lambda text: "{}" + text), max_size=3, unique=True).map(tuple),
-    locality=probes("l"),
-    portability=probes("o"),
-    source=st.just("") | texts("s"),
-    note=texts("n").map(lambda text: f'"{text}\n\'\'\' """ \\ '),
-    tags=st.lists(texts("g"), max_size=2).map(tuple),
-)
-
-
-@quick
-@given(edits, edits)
-def test_what_is_saved_is_what_is_loaded(first, second):
-    """For any edit, both as the first of a new file and in place of another."""
-    FILE.unlink(missing_ok=True)
-    save(FILE, first)
-    assert [found.to_json() for found in load([FILE])] == [first.to_json()]
-    save(FILE, second, replacing=first.id)
-    assert [found.to_json() for found in load([FILE])] == [second.to_json()]
 
 
 PIECES = [
