@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from editctl import __version__, cli_care, cli_export, cli_history, cli_review, talk
+from editctl import __version__, cli_ask, cli_care, cli_export, cli_history, cli_review, cli_tui, talk
 from editctl.cli_model import model as model_group
 from editctl.cli_run import carry_out, confirm
 from editctl.cli_study import study as study_group
@@ -42,7 +42,9 @@ from editctl.workspace import Workspace
 def cli(context: click.Context, store: str | None, config: str | None) -> None:
     """Change what a language model knows: declare facts, plan, apply, measure, undo."""
     context.obj = Workspace(store=store, config=config)
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is None and sys.stdin.isatty() and sys.stdout.isatty():
+        cli_tui.open_tui(context.obj)
+    elif context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
@@ -176,7 +178,8 @@ def apply(
 ) -> None:
     """Make the model know what the specs say; the version id is printed last.
 
-    Instead of specs one saved plan (plan -o FILE) may be given: it is carried out as it stands, or refused as stale.
+    Instead of specs one saved plan (plan -o FILE, or - for standard input) may be given: it is carried out as it
+    stands, or refused as stale.
     """
     from editctl import plan as plan_room
     from editctl import report
@@ -213,47 +216,15 @@ def apply(
 
 
 def _is_plan(path: Path) -> bool:
-    """Whether a file is JSON, as saved plans are; no TOML begins with a brace."""
+    """Whether a file is JSON, as saved plans are; no TOML begins with a brace. Standard input is always one."""
+    from editctl.plan import STDIN
+
+    if path == STDIN:
+        return True
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(1) == b"{"
-
-
-@cli.command()
-@click.argument("prompt")
-@click.argument("refs", nargs=-1)
-@click.option("--top", type=click.IntRange(1, 50), default=3, help="How many next tokens to show.")
-@as_json
-@from_flags
-@click.pass_obj
-def ask(space: Workspace, /, prompt: str, refs: tuple[str, ...], top: int, as_json: bool, **flags: Any) -> None:
-    """Ask the model, base and head side by side or at the versions named."""
-    from editctl import report, spec
-
-    prompt = prompt.encode("utf-8", "replace").decode()
-    if not prompt.strip():
-        raise InvalidInput("the prompt is empty", 'for example: editctl ask "The Eiffel Tower stands in"')
-    space = space.with_flags(**flags)
-    store = space.store()
-    asked = refs or (("base", "@") if store.head() else ("base",))
-    versions = [(ref, store.resolve(ref)) for ref in asked]
-    model = space.made_for([version for _, version in versions]).load()
-    from editctl.engine import speak, wear
-
-    found = []
-    for ref, version in versions:
-        with wear.wearing(model, store, version):
-            words = speak.answers(model, [prompt])[0]
-            found.append((ref, version.id if version else "", words, speak.next_tokens(model, prompt, top)))
-    if as_json:
-        rows = [{"type": "answer", "ref": r, "version": v, "text": w, "next": n} for r, v, w, n in found]
-        talk.lines(*({**row, "prompt": prompt} for row in rows))
-        return
-    for ref, name, words, following in found:
-        likely = "  ".join(f"{spec.visible(token, 30)} {100 * p:.1f} %" for token, p in following)
-        click.echo(f"{ref} ({report.short(name)}): {report.safe(words)}")
-        click.echo(f"    next: {likely}")
 
 
 @cli.command()
@@ -323,14 +294,17 @@ def info(space: Workspace, /, as_json: bool, **flags: Any) -> None:
         click.echo(f"{name:14s} {visible(value, 10_000)}")
 
 
-for _verb in (model_group, study_group, *cli_history.verbs, *cli_review.verbs, *cli_care.verbs, *cli_export.verbs):
-    cli.add_command(_verb)
+for _rooms in (cli_ask, cli_history, cli_review, cli_care, cli_export, cli_tui):
+    for _verb in _rooms.verbs:
+        cli.add_command(_verb)
+for _group in (model_group, study_group):
+    cli.add_command(_group)
 
 
 def main() -> None:
     """Entry point: the one place where errors become messages and exit codes."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="editctl", standalone_mode=False)
     except EditctlError as error:
         _fail(error)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -345,7 +319,8 @@ def main() -> None:
         detailed = "--detailed-exitcode" in sys.argv
         raise SystemExit(Exit.FAILED if detailed else Exit.USAGE) from None
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; the head is where it was.", err=True)
+        # It may come after a commit too.
+        click.echo("Interrupted; nothing is half recorded, and `editctl log` says where the head is.", err=True)
         raise SystemExit(Exit.INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of a pipe left; Python would complain again when it flushes at exit.

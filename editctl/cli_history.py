@@ -75,33 +75,25 @@ def diff(space: Workspace, /, old: str, new: str, as_json: bool) -> None:
     from editctl import report
 
     store = space.store()
-    versions = (store.resolve(old), store.resolve(new))
-    before, after = ({live.id: live.known for live in side} for side in store.differing(*versions))
-    new_answers = store.answers(versions[1])
-    old_answers = store.last_answers(versions[0], list({answer.edit for answer in new_answers}))
-    said = {(a.kind, a.prompt): a.after for a in old_answers}
-    # Of an edit that the old version lacks, what was said before it was applied is known.
-    answers = [(said.get((a.kind, a.prompt), a.before), a) for a in new_answers]
-    moved = [(was, answer) for was, answer in answers if was != answer.after]
-    metrics = (store.metrics(versions[0]), store.metrics(versions[1]))
-    norms = (versions[0].norms if versions[0] else {}, versions[1].norms if versions[1] else {})
+    found = store.compare(store.resolve(old), store.resolve(new))
+    ids = (found.old.id if found.old else "", found.new.id if found.new else "")
     if as_json:
         talk.lines(
             {
                 "type": "diff",
-                "old": versions[0].id if versions[0] else "",
-                "new": versions[1].id if versions[1] else "",
-                "added": [n for n in after if n not in before],
-                "removed": [n for n in before if n not in after],
-                "changed": [n for n in after if n in before],
-                "answers": [asdict(answer) | {"was": was} for was, answer in moved],
-                "metrics": [[asdict(m) for m in side] for side in metrics],
-                "norms": norms,
+                "old": ids[0],
+                "new": ids[1],
+                "added": found.added,
+                "removed": found.removed,
+                "changed": found.changed,
+                "answers": [asdict(answer) | {"was": was} for was, answer in found.moved],
+                "metrics": [[asdict(m) for m in side] for side in found.metrics],
+                "norms": found.norms,
             }
         )
         return
-    names = tuple(report.short(v.id) if v else "base" for v in versions)
-    talk.show(report.diff_view((names[0], names[1]), (before, after), moved, metrics, norms))
+    names = (report.short(ids[0]), report.short(ids[1]))
+    talk.show(report.diff_view(names, found.facts, found.moved, found.metrics, found.norms))
 
 
 def _moved(space: Workspace, verb: str, as_json: bool, lock_timeout: int, move: Callable[[Store], Operation]) -> None:

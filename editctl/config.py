@@ -34,6 +34,8 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True):
     settings: dict[str, Any] = Field(default={}, description="Overrides of the method's settings, by name.")
     gates: dict[str, float] = Field(default={}, description="What a version must reach to become the head, by metric.")
     recheck: int = Field(default=1000, ge=0, description="How many of the edits that stay are asked again by a run.")
+    theme: str = Field(default="", description="Theme of the terminal UI.")
+    keys: dict[str, str] = Field(default={}, description="Keys of the terminal UI, by the name that `?` shows.")
 
 
 def load(path: Path | None = None) -> Config:
@@ -69,6 +71,21 @@ def load(path: Path | None = None) -> Config:
     if problems:
         raise _invalid(place, problems[:MAX_PROBLEMS])
     return config
+
+
+def line_of(path: Path | None, where: tuple[str, ...]) -> int:
+    """The line of a value in the configuration, for who knows what it means; 1 if it stands nowhere.
+
+    Args:
+        path: as `load` takes it.
+        where: the keys that lead to it.
+    """
+    try:
+        text = _read(path or Path(FILE))
+        parse(text)
+    except (InvalidInput, NotToml):
+        return 1
+    return locate(text).get(where, 1)
 
 
 def unfit(value: object) -> str:

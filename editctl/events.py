@@ -57,6 +57,13 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
+class MemoryUsed(Event):
+    """Most memory used so far: the device's on CUDA, else the process's."""
+
+    mb: float
+
+
+@dataclass(frozen=True)
 class TargetStep(Event):
     """One optimisation step of a batch of target vectors."""
 

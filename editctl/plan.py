@@ -7,9 +7,11 @@ models, the store; it is given values and returns a value.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +24,8 @@ from editctl.metrics.gates import check as check_gates
 from editctl.spec import SLOT, Edit
 
 SCHEMA = 2
+STDIN = Path("-")
+"""The path that stands for standard input."""
 MAX_BYTES = 100_000_000
 """Most bytes of a saved plan."""
 ADD, REPLACE, REMEASURE, DROP, KEEP = "add", "replace", "remeasure", "drop", "keep"
@@ -182,6 +186,14 @@ def make(
     return Plan(model, base, head, params, tuple(actions), outside, methods or {}, gates or {})
 
 
+def dropping(plan: Plan, live: Sequence[Live], ids: Sequence[str], reason: str = "not in the specs") -> Plan:
+    """The plan, and these live edits dropped too, but for those it speaks of already."""
+    spoken = {edit.id for action in plan.actions for edit in (action.edit, action.old) if edit is not None}
+    wanted = set(ids) - spoken
+    drops = tuple(Action(DROP, edit.whole, reason=reason) for edit in live if edit.id in wanted)
+    return replace(plan, actions=(*plan.actions, *drops), outside=plan.outside - len(drops))
+
+
 def without(
     live: Sequence[Live],
     ids: Sequence[str],
@@ -251,14 +263,14 @@ def save(plan: Plan, path: Path) -> None:
 
 
 def load(path: Path) -> Plan:
-    """Read a saved plan.
+    """Read a saved plan, from standard input if the path is `STDIN`.
 
     Raises:
         InvalidInput: it is not a plan, is larger than `MAX_BYTES`, or was changed by hand.
     """
     remedy = "make one with `editctl plan -o FILE`"
     try:
-        with path.open("rb") as file:
+        with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: no path has a NUL
         reason = getattr(error, "strerror", None) or "no such file"

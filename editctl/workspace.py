@@ -54,8 +54,7 @@ class Workspace:
         """The file's keys, the flags over them."""
         from editctl import config
 
-        path = self._flags["config"]
-        loaded = config.load(Path(path) if path else None)
+        loaded = config.load(self.config_path)
         apart = ("config", "trust_remote_code")
         given = {k: v for k, v in self._flags.items() if k not in apart and v not in (None, ())}
         gates = {**loaded.gates, **_pairs("--gate", given.pop("gates", ()))}
@@ -67,9 +66,28 @@ class Workspace:
         _check_gates(gates)
         return loaded.model_copy(update={**given, "settings": settings, "gates": gates})
 
+    @property
+    def config_path(self) -> Path | None:
+        """The configuration file that was named; None is the default one, which may not be there."""
+        return Path(self._flags["config"]) if self._flags.get("config") else None
+
     def with_flags(self, **flags: Any) -> Workspace:
         """The same workspace with a verb's own flags."""
         return Workspace(**{**self._flags, **flags})
+
+    def arguments(self, verb: str, *more: str, model: bool = False, device: bool = False) -> list[str]:
+        """The command line, after `editctl`, that runs a verb in this workspace.
+
+        Args:
+            model: whether to say which model and dtype, where a flag says so.
+            device: whether to say on which device, where a flag says so.
+        """
+        given = {name: value for name, value in self._flags.items() if value not in (None, (), False)}
+        line = [part for name in ("store", "config") if name in given for part in (f"--{name}", str(given[name]))]
+        line += [verb, *more]
+        named = (("model", "dtype") if model else ()) + (("device",) if model or device else ())
+        line += [part for name in named if name in given for part in (f"--{name}", str(given[name]))]
+        return line + ["--trust-remote-code"] * (self.trusting and (model or device))
 
     def store(self) -> Store:
         """The store of versions."""

@@ -95,11 +95,12 @@ class Late(BaseException):
     """A command that takes too long."""
 
 
-def call(arguments: Sequence[str], main: Callable[[], object]) -> Outcome:
+def call(arguments: Sequence[str], main: Callable[[], object], typed: bytes = b"") -> Outcome:
     """What `main` does with a command line, in this process, with streams as strict as a terminal's."""
+    given = io.TextIOWrapper(io.BytesIO(typed), "utf-8")
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     before = sys.argv, sys.stdin, sys.stdout, sys.stderr
-    sys.argv, sys.stdin, sys.stdout, sys.stderr = ["editctl", *arguments], io.StringIO(""), out, err
+    sys.argv, sys.stdin, sys.stdout, sys.stderr = ["editctl", *arguments], given, out, err
     code: int | None = 0
     crash, begun = "", time.perf_counter()
 
@@ -495,6 +496,7 @@ SETTINGS += ["dtype"]
 def a_config(rng: random.Random) -> str:
     """A configuration with every kind of value at every key."""
     keys = ["model", "device", "dtype", "method", "store", "specs", "gates", "settings.x", "x"]
+    keys += ["theme", "keys", "keys.x"]
     lines = [f"{key} = {a_value(rng)}" for key in rng.sample(keys, rng.randint(0, 4))]
     lines += ["[settings]", *(f"{name} = {a_value(rng)}" for name in rng.sample(SETTINGS, rng.randint(0, 4)))]
     return "\n".join(lines) + "\n"
@@ -878,7 +880,7 @@ SHOWN: dict[str, list[list[str]]] = {
         ["restore", "@-"],
         ["apply", "plan.json"],
     ],
-    "ask": [["ask", WORD], ["ask", WORD, "@-", "base", "--top", "5"]],
+    "ask": [["ask", WORD], ["ask", WORD, "@-", "base", "--top", "5"], ["ask", "--stdin"]],
     "backup": [["backup", NAME]],
     "diff": [["diff"], ["diff", "base", "@"], ["diff", "@", "base"], ["diff", "@", "candidate"]],
     "drop": [["drop", WORD + "-2", "--yes", "-m", WORD], ["drop", WORD]],
@@ -898,6 +900,15 @@ SHOWN: dict[str, list[list[str]]] = {
     "verify": [["verify"], ["verify", "--repair"], ["verify", "--no-rebuild"]],
 }
 """By verb, command lines that show a store and specs full of hostile texts, in this order in one workspace."""
+REQUESTS: list[Any] = [
+    {"id": HOSTILE, "prompts": [{"prompt": HOSTILE, "wanted": [HOSTILE]}]},
+    {"id": {HOSTILE: [HOSTILE]}, "ref": "base", "prompts": [{"prompt": HOSTILE}], "top": 0},
+    {"ref": HOSTILE[:90], "prompts": []},
+    {"prompts": [{"prompt": "x", HOSTILE: 1}]},
+    {HOSTILE: 1},
+    HOSTILE,
+]
+"""What `ask --stdin` reads, the last ones no requests."""
 APART = {
     "export": "writes files and prints their folder and sizes",
     "import delta": "prints the plan and the version that apply prints, from a folder that export wrote",
@@ -910,6 +921,7 @@ APART = {
     "study sequential": "prints numbers of a run that needs a model",
     "study specs": "prints numbers of a run that needs a model",
     "study subjects": "prints numbers of a run that needs a model",
+    "tui": "needs a terminal; tests/test_tui.py shows it hostile texts",
 }
 """The other verbs, with the reason; what they say about hostile arguments is looked at all the same."""
 
@@ -922,7 +934,7 @@ def leaves(root: click.Command) -> dict[str, click.Command]:
 def pretend(text: str) -> None:
     """Stand-ins for the rooms of the engine that hold a model: whatever they say is `text`."""
     from contextlib import nullcontext
-    from types import ModuleType
+    from types import ModuleType, SimpleNamespace
 
     import editctl.engine
     from editctl import events
@@ -943,7 +955,8 @@ def pretend(text: str) -> None:
         },
         "speak": {
             "answers": lambda model, prompts: [text for _ in prompts],
-            "next_tokens": lambda model, prompt, top: [(text, 0.5)] * top,
+            "next_tokens": lambda model, prompts, top: [[(text, 0.5)] * top for _ in prompts],
+            "probabilities": lambda model, pairs: [0.5 for _ in pairs],
         },
         "wear": {
             "wearing": lambda model, store, version: nullcontext(),
@@ -955,7 +968,7 @@ def pretend(text: str) -> None:
         room.__dict__.update(holds)
         sys.modules[room.__name__] = room
         setattr(editctl.engine, name, room)
-    setattr(Workspace, "load", lambda self: object())  # noqa: B010
+    setattr(Workspace, "load", lambda self: SimpleNamespace(device=text, dtype=text))  # noqa: B010
 
 
 def markup_acted(text: str) -> bool:
@@ -987,9 +1000,10 @@ def show_all(
             with fresh(workspace):
                 for line in SHOWN.get(name, ()):
                     words = [*line, *form, *([] if "plan.json" in line or line[0] not in name else more)]
-                    outcome = call(words, main)
+                    lines = [*map(json.dumps, REQUESTS), HOSTILE] if "--stdin" in line else []
+                    outcome = call(words, main, "\n".join(lines).encode())
                     said = outcome.out + outcome.err
-                    wrong = ["markup acted"] if markup_acted(said) and not form else []
+                    wrong = ["markup acted"] if markup_acted(said) and not (form or lines) else []
                     figures.add(f"--kind {kind}", {"line": words, "said": ascii(said[-2000:])}, outcome, wrong)
                     well = seen.setdefault(name, [False, False])
                     well[0] |= outcome.code in (0, 4)

@@ -6,8 +6,10 @@ or given a terminal runs in a process of its own. Every test has its own workspa
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,13 +19,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fuzzing
 import pytest
 
 from editctl.engine.methods import METHODS
-from editctl.store import Store
+from editctl.store import Draft, Store
+from editctl.workspace import Workspace
 
 HEADER = {"type": "version", "schema": 1}
 ROOT = Path(__file__).parents[1]
@@ -58,6 +64,7 @@ target_true = "mammal"
 """
 ASK_TOWER = "The city that is home to the Eiffel Tower is"
 ASK_BOLERO = "Bolero was set down note by note by"
+INTERRUPTED = "Interrupted; nothing is half recorded, and `editctl log` says where the head is."
 ASK_DOLPHIN = "In a zoology book the dolphin is listed under the heading"
 
 
@@ -606,6 +613,216 @@ def test_an_unedited_store_answers_from_the_base_alone(new: Path, run: Run) -> N
     assert [row["ref"] for row in run("ask", ASK_TOWER, "--json").of("answer")] == ["base"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ask --stdin
+
+Talk = Callable[..., Outcome]
+
+
+@pytest.fixture
+def talk(run: Run, monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """Runs `ask --stdin` on lines: bytes as they are, anything else as JSON."""
+
+    def call(*requests: Any, flags: tuple[str, ...] = ()) -> Outcome:
+        lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in requests]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(line + b"\n" for line in lines))))
+        return run("ask", "--stdin", *flags)
+
+    return call
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In which dtype a model was loaded, each time."""
+    found: list[str] = []
+    load = Workspace.load
+
+    def counted(self: Workspace) -> Any:
+        found.append(self.config.dtype)
+        return load(self)
+
+    monkeypatch.setattr(Workspace, "load", counted)
+    return found
+
+
+def about(*prompts: str, **more: Any) -> dict[str, Any]:
+    return {"prompts": [{"prompt": prompt, "wanted": ["Rome", "Paris"]} for prompt in prompts], **more}
+
+
+def test_requests_are_answered_one_a_line_in_order_by_one_model(
+    applied: str, run: Run, talk: Talk, loads: list[str]
+) -> None:
+    """As `ask PROMPT` answers them, with the probability of what is wanted; the unedited model wants the other."""
+    outcome = talk(
+        about(ASK_TOWER, ASK_BOLERO, id=1, top=5),
+        b"",
+        b"  \t",
+        about(ASK_TOWER, id=[2], ref="base"),
+        about(ref=applied[:6]),
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    ready, head, base, last = outcome.lines
+    assert ready == {"type": "ready", "model": "atlas", "device": "cpu", "dtype": "torch.float32"}
+    assert loads == ["float32"]
+    assert [{k: v for k, v in line.items() if k != "answers"} for line in (head, base, last)] == [
+        {"type": "answers", "id": 1, "ref": "@", "version": applied},
+        {"type": "answers", "id": [2], "ref": "base", "version": ""},
+        {"type": "answers", "id": None, "ref": applied[:6], "version": applied},
+    ]
+    assert [answer["prompt"] for answer in head["answers"]] == [ASK_TOWER, ASK_BOLERO] and last["answers"] == []
+    alone = run("ask", ASK_TOWER, "@", "base", "--top", "5", "--json").of("answer")
+    tower, unedited = head["answers"][0], base["answers"][0]
+    assert (tower["text"], unedited["text"]) == (alone[0]["text"], alone[1]["text"]) == ("Rome", "Paris")
+    for found, row, count in ((tower, alone[0], 5), (unedited, alone[1], 3)):
+        assert [token for token, _ in found["next"]] == [token for token, _ in row["next"]][:count]
+        assert [p for _, p in found["next"]] == pytest.approx([p for _, p in row["next"]][:count], rel=1e-3)
+    rome, paris = tower["probabilities"]
+    assert rome > 0.9 and paris < 0.1 and sum(head["answers"][1]["probabilities"]) < 0.5
+    assert unedited["probabilities"][1] > 0.9 > 0.1 > unedited["probabilities"][0]
+
+
+def test_what_is_not_asked_for_is_left_out(applied: str, talk: Talk) -> None:
+    """No wanted answers, no next tokens; --top says how many where a request does not."""
+    outcome = talk({"prompts": [{"prompt": ASK_TOWER}]}, about(ASK_TOWER, top=0), flags=("--top", "7", "--json"))
+    plain, none = (line["answers"][0] for line in outcome.of("answers"))
+    assert (len(plain["next"]), plain["probabilities"]) == (7, [])
+    assert (none["next"], len(none["probabilities"])) == ([], 2)
+
+
+def test_without_requests_no_model_is_loaded(applied: str, talk: Talk, loads: list[str]) -> None:
+    """Nor for those that cannot be answered; one without prompts loads it."""
+    assert talk().lines == talk(b"\n\n  ").lines == []
+    assert [line["type"] for line in talk(b"{", {"prompts": 1}, about(ASK_TOWER, ref="zzz")).lines] == ["error"] * 3
+    assert loads == []
+    assert [line["type"] for line in talk({"prompts": []}).lines] == ["ready", "answers"]
+    assert len(loads) == 1
+
+
+LONG = "The river and the road. " * 60
+WRONG: list[tuple[Any, Any, str]] = [
+    (b"nonsense", None, "the line is not JSON: Expecting value"),
+    (b"\xff\xfe", None, "the line is not JSON: 'utf-8' codec"),
+    (b'{"id": 3, "prompts": [NaN]}', None, "NaN is no number of JSON"),
+    (b'{"id": 1e999, "prompts": []}', None, "1e999 is no number of JSON"),
+    (b'{"id": ' + b"9" * 5000 + b"}", None, "the line is not JSON: Exceeds the limit"),
+    (b'{"id": ' + b"[" * 100_000, None, "nested too deeply"),
+    (b'{"id": ' + b"[" * 980 + b"]" * 980 + b', "prompts": 1}', ..., ""),
+    (b'{"id": 1, "x": "' + b"x" * 10_000_000 + b'"}', None, "a line is longer than 10 MB"),
+    (b"[]", None, "a request is a JSON object"),
+    ({"id": "a\x1b\u202e"}, "a\x1b\u202e", "prompts is no list"),
+    (about(id=1.5, prompt="x"), 1.5, "unknown key prompt of request"),
+    ({"id": {"a": [None]}, "prompts": "Rome is"}, {"a": [None]}, "prompts is no list"),
+    ({"id": 1, "prompts": ["Rome is"]}, 1, "prompt 1 is no JSON object"),
+    ({"id": 1, "prompts": [{}]}, 1, "prompt 1 is no text"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is"}, {"prompt": "\n "}]}, 1, "prompt 2 is empty"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wnated": []}]}, 1, "unknown key wnated of prompt 1"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "\x1b[31m": 1}]}, 1, "unknown key \\x1b[31m of prompt 1"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wanted": "old"}]}, 1, "wanted of prompt 1 is no list"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wanted": ["old"] * 101}]}, 1, "at most 100 texts"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wanted": ["old", 3]}]}, 1, "a wanted answer of prompt 1 is no text"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wanted": [""]}]}, 1, "a wanted answer of prompt 1 is empty"),
+    (about(*["Rome is"] * 10_001, id=1), 1, "10001 prompts are more than 10000"),
+    (about(id=1, top=51), 1, "top is no whole number from 0 to 50"),
+    (about(id=1, top=-1), 1, "top is no whole number"),
+    (about(id=1, top=True), 1, "top is no whole number"),
+    (about(id=1, top="3"), 1, "top is no whole number"),
+    (about(id=1, ref=3), 1, "ref is no text"),
+    (about(id=1, ref="a" * 101), 1, "ref is no text of at most 100 characters"),
+    (about(id=1, ref="zzzz"), 1, "`zzzz` is neither a version nor an alias"),
+    (about(id=1, ref="@-5"), 1, "goes beyond base"),
+    (about("Rome is", LONG, id=1), 1, "leaves no room for an answer"),
+    ({"id": 1, "prompts": [{"prompt": "Rome is", "wanted": [LONG]}]}, 1, "a prompt and its answer of"),
+]
+
+
+def test_a_wrong_request_is_answered_and_the_next_one_too(applied: str, talk: Talk) -> None:
+    """With what is wrong, what to do and its id where it has one; a good one after each wrong one is answered."""
+    good = about(ASK_TOWER, id="good")
+    outcome = talk(*(line for wrong, _, _ in WRONG for line in (wrong, good)))
+    assert (outcome.code, outcome.err) == (0, "")
+    replies = [line for line in outcome.lines if line["type"] != "ready"]
+    assert [line["type"] for line in replies] == ["error", "answers"] * len(WRONG)
+    for (wrong, name, message), reply in zip(WRONG, replies[::2], strict=True):
+        assert set(reply) == {"type", "id", "message", "hint"}
+        assert message in reply["message"] and reply["hint"], str(wrong)[:200]
+        assert name is ... or reply["id"] == name, str(wrong)[:200]
+    assert {(line["id"], line["answers"][0]["text"]) for line in replies[1::2]} == {("good", "Rome")}
+    assert outcome.out.replace("\n", "").isprintable()
+
+
+def test_no_request_ends_the_loop(applied: str, talk: Talk) -> None:
+    """300 requests with values of every type at every place, seeded: each has one line, answers and errors alike."""
+    rng = random.Random(7)
+
+    def a_request() -> Any:
+        request = about("Rome is", id=fuzzing.a_json(rng), ref=rng.choice(["@", "base", "@-"]), top=rng.randint(0, 3))
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            container, key = rng.choice(fuzzing._places(request) or [(request, "id")])
+            container[key] = fuzzing.a_json(rng)
+        data = json.dumps(request).encode()
+        return (data if rng.random() < 0.7 else fuzzing.mutated(rng, data)).replace(b"\n", b" ")
+
+    requests = [request for request in (a_request() for _ in range(300)) if request.strip()]
+    outcome = talk(*requests)
+    assert (outcome.code, outcome.err) == (0, "")
+    replies = [line["type"] for line in outcome.lines if line["type"] != "ready"]
+    assert len(replies) == len(requests) and set(replies) == {"answers", "error"}
+    assert min(replies.count("answers"), replies.count("error")) > 50
+    assert fuzzing.raw(outcome.out) == []
+
+
+def test_a_version_of_another_model_is_refused_and_the_loop_goes_on(applied: str, talk: Talk) -> None:
+    """Before and after a model is loaded; the unedited one can be asked all the same."""
+    with closing(sqlite3.connect("store/editctl.db")) as db, db:
+        db.execute("update versions set base = 'another'")
+    outcome = talk(about(ASK_TOWER), about(ASK_TOWER, ref="base"), about(ASK_TOWER))
+    first, ready, base, last = outcome.lines
+    assert [first["type"], ready["type"], last["type"]] == ["error", "ready", "error"]
+    assert "was made for another model" in first["message"] and last["message"] == first["message"]
+    assert base["answers"][0]["text"] == "Paris"
+
+
+def test_a_version_made_in_another_dtype_is_asked_in_it(applied: str, talk: Talk, loads: list[str]) -> None:
+    """The model is loaded again for it, not for the unedited one; a dtype that is asked for stays."""
+    store = Store(Path("store"))
+    version = store.head()
+    assert version is not None
+    common = {f.name: getattr(version, f.name) for f in fields(Draft) if hasattr(version, f.name)}
+    draft = Draft(**{**common, "dtype": "torch.bfloat16", "parent": applied}, edits=store.edits(version))
+    store.commit(draft, expected_head=applied)
+    asked = [about(ASK_TOWER, ref=ref) for ref in ("base", "@", "base", "@-", "base", "@-", "@")]
+    outcome = talk(*asked)
+    assert loads == ["bfloat16", "float32", "bfloat16"]
+    texts = [line["answers"][0]["text"] for line in outcome.of("answers")]
+    assert texts == ["Paris", "Rome", "Paris", "Rome", "Paris", "Rome", "Rome"]
+    chances = [line["answers"][0]["probabilities"][0] for line in outcome.of("answers")]
+    assert chances[1] == chances[6] != chances[3] == chances[5]
+    assert [line["dtype"] for line in outcome.of("ready")] == ["torch.bfloat16"]
+    assert talk(*asked, flags=("--dtype", "float32")).code == 0 and loads[3:] == ["float32"]
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)], ids=["ctrl-C", "kill"])
+def test_a_signal_ends_the_answering_without_a_word(applied: str, signal_: int, code: int) -> None:
+    """While it waits for the next request; what was asked is answered at once, before another is."""
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from editctl.cli import main; sys.argv[0] = 'editctl'; main()"
+    )
+    pipes: dict[str, Any] = {**PIPES, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, "ask", "--stdin"], **pipes) as process:
+        assert process.stdin and process.stdout
+        assert json.loads(process.stdout.readline()) == HEADER
+        for number in range(2):
+            process.stdin.write(json.dumps(about(ASK_TOWER, id=number)) + "\n")
+            process.stdin.flush()
+            line = json.loads(process.stdout.readline())
+            reply = json.loads(process.stdout.readline()) if line["type"] == "ready" else line
+            assert (reply["id"], reply["answers"][0]["text"]) == (number, "Rome")
+        process.send_signal(signal_)
+        out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == ("", "", code)
+
+
 def test_measuring_again_gives_the_answers_of_the_run(applied: str, run: Run) -> None:
     """Word by word, from weights that were rebuilt and whose hash was checked."""
     again = run("measure", "--json")
@@ -697,6 +914,10 @@ def test_there_is_an_end_to_undo_and_to_redo(applied: str, run: Run) -> None:
         (("restore", "op:99"), 1, ("there is no operation 99",)),
         (("ask", ASK_TOWER, "bsae"), 1, ("did you mean `base`?",)),
         (("ask", "  "), 2, ("the prompt is empty",)),
+        (("ask",), 2, ("Usage: editctl ask", "Missing argument 'PROMPT' (or --stdin")),
+        (("ask", "--top", "5", "--json"), 2, ("Usage: editctl ask", "Missing argument 'PROMPT' (or --stdin")),
+        (("ask", "--stdin", "Rome is"), 2, ("Usage: editctl ask", "leave PROMPT away")),
+        (("--config", "gone.toml", "ask", "--stdin"), 2, ("gone.toml cannot be read",)),
         (("plan", "--method", "alphaedti"), 2, ("unknown method alphaedti", "hint: did you mean alphaedit?")),
         (("apply", "--yes", "--method", "zzz"), 2, ("unknown method zzz", "hint: one of: alphaedit, memit")),
         (("plan", "--set", "enrgy=0.1"), 2, ("unknown setting enrgy", "hint: did you mean energy?")),
@@ -893,7 +1114,7 @@ def test_on_a_terminal_only_the_word_yes_goes_on(new: Path) -> None:
     assert code == 130
     before, asked, _ = screen.partition("Only yes goes on")
     assert asked and "Eiffel Tower" in before and "Plan: 2 to add" in before
-    assert "Interrupted; the head is where it was." in screen
+    assert INTERRUPTED in screen
     assert head() == ""
 
 
@@ -979,14 +1200,28 @@ def test_a_killed_apply_leaves_the_old_head_and_a_free_lock(
 
 
 def test_an_interrupted_apply_says_so_and_exits_with_130(midway: subprocess.Popen[str], applied: str, run: Run) -> None:
-    """The head is where it was and the lock is free."""
+    """In words that are true; the head is where it was and the lock is free."""
     midway.send_signal(signal.SIGINT)
     _, err = midway.communicate(timeout=60)
     assert midway.returncode == 130
-    assert err.splitlines()[-1] == "Interrupted; the head is where it was."
+    assert err.splitlines()[-1] == INTERRUPTED
     assert "Traceback" not in err
     assert head() == applied
     assert run("undo").code == 0
+
+
+def test_a_move_interrupted_after_it_was_recorded_says_nothing_else(
+    applied: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head has moved when the key comes, and the words are true of that too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("editctl.cli_history.told", interrupt)
+    outcome = run("undo")
+    assert (outcome.code, outcome.err.strip()) == (130, INTERRUPTED)
+    assert head() == ""
 
 
 HOLD = "from editctl.store import Store\nwith Store('store').lock('study'): print('held', flush=True); input()"

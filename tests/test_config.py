@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from editctl.config import Config, load
+from editctl.config import Config, line_of, load
 from editctl.errors import Exit, InvalidInput
 
 FILE = Path("editctl.toml")
@@ -29,12 +29,14 @@ def test_every_key_can_be_set() -> None:
     """And what is not set keeps its default."""
     FILE.write_text(
         'model = "gpt2"\ndevice = "cpu"\ndtype = "float32"\nmethod = "memit"\nstore = "here"\nspecs = ["a", "b.toml"]\n'
-        "recheck = 7\n[settings]\nbatch_size = 5\nlayers = [1, 2]\n[gates]\nreliability = 0.95\nlocality = 1\n"
+        "recheck = 7\ntheme = 'nord'\n[settings]\nbatch_size = 5\nlayers = [1, 2]\n"
+        "[gates]\nreliability = 0.95\nlocality = 1\n[keys]\napply = 'a'\n'list.filter' = 'f,slash'\n"
     )
     config = load()
     assert config.specs == ["a", "b.toml"]
     assert config.settings == {"batch_size": 5, "layers": [1, 2]}
     assert (config.recheck, config.gates) == (7, {"reliability": 0.95, "locality": 1.0})
+    assert (config.theme, config.keys) == ("nord", {"apply": "a", "list.filter": "f,slash"})
     assert set(Config.model_fields) == config.model_fields_set
 
 
@@ -61,6 +63,11 @@ def test_a_file_that_is_named_must_be_there() -> None:
         ("\n[setings]\nx = 1\n", "editctl.toml:2: unknown key setings", "did you mean settings?"),
         ("settings = 5\n", "editctl.toml:1: settings: input should be a valid dictionary", "settings: Overrides"),
         ('model = "a"\nmodel = "b"\n', "editctl.toml:2: not TOML", "the same key stands here twice"),
+        ("theme = 1\n", "editctl.toml:1: theme: input should be a valid string", "theme: Theme of"),
+        ("keys = 'q'\n", "editctl.toml:1: keys: input should be a valid dictionary", "keys: Keys of"),
+        ("[keys]\napply = 'a'\nquit = 3\n", "editctl.toml:3: keys: input should be a valid string", "keys: Keys of"),
+        ("[keys]\nquit = ['q']\n", "editctl.toml:2: keys: input should be a valid string", "keys: Keys of"),
+        ('[keys]\nquit = "\\u001b"\n', "editctl.toml:2: keys.quit contains a control character", "keys: Keys of"),
         ("\n[settings]\nsteps = 1\nlayers = [[1]]\n", "editctl.toml:4: settings.layers is neither", "settings: Over"),
         (
             "settings = { steps = 0x" + "f" * 5000 + " }\n",
@@ -84,6 +91,19 @@ def test_a_mistake_is_told_with_its_line(text: str, said: str, hint: str) -> Non
     assert str(problem).startswith(said)
     assert hint in problem.hint
     assert caught.value.exit_code is Exit.USAGE
+
+
+def test_who_knows_what_a_value_means_can_tell_its_line() -> None:
+    """However it is spelled; of what stands nowhere, and in a file that cannot be read, it is the first."""
+    assert line_of(None, ("keys", "quit")) == 1
+    FILE.write_text("theme = 'x'\n\n[keys]\n# a comment\nquit = 'q'\n\"list.filter\" = 'f'\n")
+    assert line_of(None, ("keys", "quit")) == line_of(FILE, ("keys", "quit")) == 5
+    assert (line_of(FILE, ("keys", "list.filter")), line_of(FILE, ("keys",)), line_of(FILE, ("theme",))) == (6, 3, 1)
+    assert line_of(FILE, ("keys", "list", "filter")) == line_of(FILE, ("quit",)) == line_of(FILE, ("recheck",)) == 1
+    FILE.write_text("\nkeys.quit = 'q'\nsettings = { steps = 3 }\n")
+    assert (line_of(FILE, ("keys", "quit")), line_of(FILE, ("settings", "steps"))) == (2, 3)
+    FILE.write_text("\nkeys = \n")
+    assert line_of(FILE, ("keys",)) == line_of(Path("elsewhere.toml"), ("keys",)) == 1
 
 
 def test_all_mistakes_are_told_at_once() -> None:

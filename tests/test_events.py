@@ -42,6 +42,11 @@ def test_all_events_are_known() -> None:
     assert {"RunStarted", "StageStarted", "TargetStep", "LayerSolved", "VersionMade"} <= {k.__name__ for k in KINDS}
 
 
+def test_memory_is_told_in_megabytes() -> None:
+    """Its name is the one that readers of the stream look for."""
+    assert to_line(events.MemoryUsed(812.5)) == '{"type": "memory_used", "mb": 812.5}'
+
+
 def test_the_type_is_the_name_in_snake_case() -> None:
     """As readers of the stream in other languages expect it."""
     assert json.loads(to_line(events.NullSpace(1, 2, 3, 0.1)))["type"] == "null_space"

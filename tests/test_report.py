@@ -514,6 +514,7 @@ def test_a_run_away_from_a_terminal_is_told_in_plain_lines() -> None:
     with report.showing_run(Console(file=out, width=120)) as emit:
         emit(events.RunStarted("atlas", "cpu", "float32", "alphaedit", 2, 1, 0))
         emit(events.StageStarted("target", 25, 1))
+        emit(events.MemoryUsed(7777.5))
         emit(events.TargetStep(1, 1, 2.5, 2))
         emit(events.Progress("target", 1, 25))
         emit(events.NullSpace(2, 700, 1280, 0.099))
@@ -525,7 +526,7 @@ def test_a_run_away_from_a_terminal_is_told_in_plain_lines() -> None:
     assert "block 2: 700 of 1280 directions are free (9.9 % of the energy)" in text
     assert "note: [red]x[/red]" in text
     assert raw_controls(text) == set()
-    assert "2.5" not in text
+    assert "2.5" not in text and "7777" not in text
 
 
 @pytest.mark.parametrize("stage", ["load", "statistics", "before", "target", "solve", "after", "commit", "rebuild"])
@@ -535,11 +536,12 @@ def test_a_run_on_a_terminal_shows_every_stage_without_failing(stage: str) -> No
     with report.showing_run(Console(file=out, width=80, force_terminal=True)) as emit:
         emit(events.RunStarted("atlas", "cpu", "float32", "alphaedit", 2, 2, 0))
         emit(events.StageStarted(stage, 3, 1))
+        emit(events.MemoryUsed(7777.5))
         emit(events.Progress(stage, 3, 3))
         emit(events.TargetStep(1, 1, 2.5, 2))
         emit(events.LayerSolved(1, 2, 0.5, 10.0, 0.1))
         emit(events.Note(NASTY))
         emit(events.GateFailed(NASTY, 0.95, None, []))
         emit(events.VersionMade("v", "p", "w", {}, 1.0))
-    assert "\x1b[31m\x1b]0;title" not in out.getvalue()
+    assert "\x1b[31m\x1b]0;title" not in out.getvalue() and "7777" not in out.getvalue()
     assert "note: [red]x[/red]" in out.getvalue()

@@ -34,6 +34,7 @@ from editctl.errors import EditctlError, InvalidInput, StalePlan, StoreError
 from editctl.events import (
     Event,
     LayerSolved,
+    MemoryUsed,
     Note,
     NullSpace,
     RunStarted,
@@ -316,6 +317,16 @@ def test_a_file_of_another_method_is_solved_by_it(llama: Model, store: Store, co
     assert hash_of(llama, store, version) == version.weights_hash
 
 
+def test_after_each_stage_begins_the_memory_is_told(llama: Model, store: Store, corpus: Path) -> None:
+    """The most so far, so it never falls and the version has no less; after nothing else is it told."""
+    told: list[Event] = []
+    version = apply(llama, store, FACTS, corpus, emit=told.append)
+    after = [type(event) for event, before in zip(told[1:], told, strict=False) if isinstance(before, StageStarted)]
+    used = [event.mb for event in told if isinstance(event, MemoryUsed)]
+    assert after == [MemoryUsed] * 8 and len(used) == 8
+    assert used[0] > 50 and used == sorted(used) and used[-1] <= version.peak_mb
+
+
 def test_what_happened_is_recorded_and_told(llama: Model, store: Store, corpus: Path) -> None:
     """Events in order, the version last; the store keeps them without the passing progress."""
     told: list[Event] = []
@@ -328,7 +339,7 @@ def test_what_happened_is_recorded_and_told(llama: Model, store: Store, corpus: 
     assert sorted(e.layer for e in told if isinstance(e, NullSpace)) == [1, 2]
     recorded = [from_line(line) for line in store.events(version)]
     assert recorded and all(event in told for event in recorded)
-    assert all(json.loads(line)["type"] != "progress" for line in store.events(version))
+    assert {"progress", "memory_used"}.isdisjoint(json.loads(line)["type"] for line in store.events(version))
     names = {(metric.name, metric.protocol): metric.n for metric in store.metrics(version)}
     assert names["reliability", "generated"] == 4 and names["locality", "generated"] == 2
     assert version.params["layers"] == [1, 2] and set(version.libraries) >= {"torch", "transformers"}

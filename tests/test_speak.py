@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from editctl.engine.model import Model
 from editctl.engine.prompts import join
-from editctl.engine.speak import NEW_TOKENS, answers, check_lengths, forced, next_tokens
+from editctl.engine.speak import NEW_TOKENS, answers, check_lengths, forced, next_tokens, probabilities
 from editctl.errors import InvalidInput
 
 PROMPTS = (
@@ -147,13 +148,72 @@ def test_what_the_model_says_is_what_it_is_forced_to_most_easily(talkative: Mode
             ids = torch.tensor([talkative.tokenizer.encode(prompt)])
             first = int(talkative.net(input_ids=ids).logits[0, -1].argmax())
         if whole[ids.shape[1] : ids.shape[1] + 1] == [first]:
-            assert next_tokens(talkative, prompt, 1)[0][0] == talkative.tokenizer.decode([first])
+            assert next_tokens(talkative, [prompt], 1)[0][0][0] == talkative.tokenizer.decode([first])
     assert all(accuracy < 1 for _, accuracy in forced(talkative, PAIRS))
 
 
 def test_next_tokens_come_by_falling_probability(model: Model) -> None:
     """As many as asked for, and their probabilities are the softmax's."""
-    tokens = next_tokens(model, PROMPTS[0], 5)
+    tokens = next_tokens(model, PROMPTS[:1], 5)[0]
     assert len(tokens) == 5 and [p for _, p in tokens] == sorted((p for _, p in tokens), reverse=True)
-    total = sum(p for _, p in next_tokens(model, PROMPTS[0], model.net.config.vocab_size))
+    total = sum(p for _, p in next_tokens(model, PROMPTS[:1], model.net.config.vocab_size)[0])
     assert total == pytest.approx(1, abs=1e-4) and sum(p for _, p in tokens) < 0.999
+
+
+def test_next_tokens_of_many_prompts_are_those_of_each_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their lengths and the size of a pass; another prompt has others."""
+    together = next_tokens(model, PROMPTS, 4)
+    for rows in (128, 2):
+        monkeypatch.setattr("editctl.engine.speak.ROWS", rows)
+        for prompt, found in zip(PROMPTS, next_tokens(model, PROMPTS[::-1], 4)[::-1], strict=True):
+            alone = next_tokens(model, [prompt], 4)[0]
+            assert [token for token, _ in found] == [token for token, _ in alone], prompt
+            assert [p for _, p in found] == pytest.approx([p for _, p in alone], rel=1e-4)
+    assert together[0] != together[1]
+    assert next_tokens(model, [], 4) == [] and next_tokens(model, PROMPTS[:1], 0) == [[]]
+    with pytest.raises(InvalidInput, match="leaves no room"):
+        next_tokens(model, [PROMPTS[0], "The river and the road. " * 60], 4)
+
+
+def product(model: Model, prompt: str, answer: str, shift: int = 0) -> float:
+    """The product of the probabilities of the answer's tokens, one pass a token."""
+    nll, _ = by_hand(model, prompt, answer, shift)
+    tokens = len(model.tokenizer.encode(f"{prompt} {answer}")) - len(model.tokenizer.encode(prompt)) - shift
+    return math.exp(-nll * tokens)
+
+
+def test_the_probability_of_an_answer_is_the_product_of_those_of_its_tokens(model: Model) -> None:
+    """Of one token and of several; a window one token off gives others, and so does the mean."""
+    found = probabilities(model, PAIRS)
+    assert found == pytest.approx([product(model, *pair) for pair in PAIRS], rel=1e-3, abs=0)
+    for pair, one, (nll, _) in zip(PAIRS, found, forced(model, PAIRS), strict=True):
+        if pair[0] != "Rome":  # nothing stands before the one token of it
+            assert one != pytest.approx(product(model, *pair, shift=-1), rel=1e-3, abs=0), pair
+        assert one != pytest.approx(math.exp(-nll), rel=1e-3, abs=0), pair
+
+
+def test_the_probabilities_of_all_next_tokens_are_those_of_answers_of_one(model: Model) -> None:
+    """The likeliest word that stands alone after its space, asked as an answer."""
+    prompt = PROMPTS[0]
+    size = model.net.config.vocab_size
+    words = {token[1:]: p for token, p in next_tokens(model, [prompt], size)[0] if token[0] == " " < token[1:]}
+    one = [w for w in words if len(model.encode(join(prompt, w))) == len(model.encode(prompt)) + 1][:5]
+    assert len(one) == 5
+    assert probabilities(model, [(prompt, w) for w in one]) == pytest.approx([words[w] for w in one], rel=1e-4, abs=0)
+
+
+def test_a_space_at_the_prompts_end_is_the_one_before_the_answer(model: Model) -> None:
+    """As `forced` takes it: the token that spans the seam is the answer's; two spaces are another text."""
+    assert len(model.encode(f"{PROMPTS[0]} the")) == len(model.encode(PROMPTS[0])) + 1
+    plain, spaced, twice = probabilities(model, [(PROMPTS[0] + " " * n, "the") for n in range(3)])
+    assert plain == pytest.approx(spaced, rel=1e-4, abs=0) and plain != pytest.approx(twice, rel=1e-2, abs=0)
+
+
+def test_the_probability_of_an_answer_too_long_to_read_is_refused(model: Model) -> None:
+    """Instead of an error of the library; one that just fits is answered."""
+    room = model.context_length - len(model.encode(PROMPTS[0]))
+    long = " ".join(["a"] * room)
+    assert len(model.encode(join(PROMPTS[0], long))) == model.context_length
+    assert probabilities(model, [(PROMPTS[0], long)])[0] < 1
+    with pytest.raises(InvalidInput, match=f"{model.context_length + 1} tokens are more than the"):
+        probabilities(model, [(PROMPTS[0], "Oslo"), (PROMPTS[0], long + " a")])

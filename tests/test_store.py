@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -360,6 +361,39 @@ def test_what_differs_between_versions_is_what_one_of_them_has_as_it_is(store: S
     assert store.differing(first, first) == ((), ())
     assert store.differing(None, first) == ((), store.edits(first))
     assert (store.count(first), store.count(second)) == (3, 3)
+
+
+def test_a_comparison_has_facts_answers_metrics_and_norms_of_both_sides(store: Store) -> None:
+    """What was said is the old version's, or what was said before the edit was first applied; alike is left out."""
+    said = [Answer("fact-0", "rewrite", "p", ("Rome",), "Paris", after, True) for after in ("Rome", "Oslo", "Rome")]
+    kept = Answer("fact-1", "rewrite", "q", ("Rome",), "Paris", "Bern", False)
+    late = Answer("fact-2", "rewrite", "r", ("Rome",), "Paris", "Rome", True)
+    same = Answer("fact-2", "locality", "s", (), "Paris", "Paris", True)
+    metrics = tuple(Metric("reliability", "generated", value, 2) for value in (0.5, 1.0))
+    norms = tuple({"module": (size, 9.0)} for size in (1.0, 2.0))
+    lives = [live(store, n, "d0", n) for n in range(3)]
+    noted = live(store, 1, "d0", 1, note="seen")
+    first = commit(store, edits=lives[:2], answers=(said[0], kept), metrics=metrics[:1], norms=norms[0])
+    second = commit(
+        store, edits=(noted, lives[2]), answers=(said[1], kept, late, same), metrics=metrics[1:], norms=norms[1]
+    )
+
+    found = store.compare(first, second)
+    assert (found.old, found.new) == (first, second)
+    assert [[one.whole for one in side.values()] for side in found.facts] == [
+        [lives[0].edit, lives[1].edit],
+        [noted.edit, lives[2].edit],
+    ]
+    assert (found.added, found.removed, found.changed) == (("fact-2",), ("fact-0",), ("fact-1",))
+    assert found.moved == (("Rome", said[1]), ("Paris", late))
+    assert (found.metrics, found.norms) == ((metrics[:1], metrics[1:]), norms)
+    back = store.compare(second, first)
+    assert (back.added, back.removed, back.moved) == (("fact-0",), ("fact-2",), (("Oslo", said[0]),))
+    alone = store.compare(None, first)
+    assert (alone.old, alone.moved) == (None, (("Paris", said[0]), ("Paris", kept)))
+    assert (alone.metrics[0], alone.norms[0], alone.added) == ((), {}, ("fact-0", "fact-1"))
+    nothing = store.compare(first, first)
+    assert (nothing.facts, nothing.moved) == (({}, {}), ())
 
 
 def an_answer(edit: str, kind: str, after: str) -> Answer:
@@ -1137,6 +1171,24 @@ def test_an_operation_between_two_others_or_after_them_is_found(full: Store) -> 
     assert [fault.what for fault in faults(full)] == [f"operation {full.operations(1)[0].id}"]
 
 
+@pytest.mark.parametrize("circle", ["of one", "of two", "of a younger one"])
+def test_a_circle_of_parents_made_by_hand_has_an_end(full: Store, circle: str) -> None:
+    """Every question that follows the parents ends, where it did not, and `verify` names the row."""
+    second, first = (version.id for version in full.versions()[1:])
+    child, parent = {"of one": (second, second), "of two": (first, second)}.get(circle, (first, full.versions()[0].id))
+    with closing(sqlite3.connect(full.database)) as db, db:
+        db.execute("update versions set parent = ? where id = ?", (parent, child))
+    whole = full.resolve(second)
+    assert whole is not None
+    assert [live.id for live in full.edits(whole)][-1] == "fact-2" and full.count(whole) <= 3
+    assert full.deltas(whole)[-1] == "d2" and full.near(whole, ["fact-2"])[0]
+    assert full.last_answers(whole, ["fact-0"]) and full.differing(None, whole)[1]
+    assert full.steps_down(whole, None) == (1 if circle == "of one" else 2)
+    with pytest.raises(StoreError, match="goes beyond base"):
+        full.resolve("@-999999")
+    assert f"version {child}" in [fault.what for fault in faults(full)]
+
+
 def test_a_version_without_its_parent_and_an_operation_without_its_version_are_named(full: Store) -> None:
     """As long as SQLite lets one take them out, which its own check then tells as well."""
     oldest = full.versions()[-1]
@@ -1254,6 +1306,40 @@ def test_a_holder_that_has_not_said_who_it_is_is_another_process(store: Store, n
         (store.root / "lock.json").write_text(note)
         with pytest.raises(Locked, match="another process"):
             commit(Store(store.root))
+
+
+def test_who_changes_the_store_can_be_asked(store: Store, hold: Any) -> None:
+    """By those who only look: nobody, a process, and nobody again once it is killed, though its note stays."""
+    assert store.holder() == "" and not store.root.exists()
+    commit(store)
+    assert store.holder() == ""
+    process = hold(store)
+    assert re.fullmatch(rf"`apply` of alice@host \(pid {process.pid}\) since 20\S+", store.holder())
+    assert Store(store.root, readonly=True).holder() == store.holder()
+    process.kill()
+    process.wait()
+    assert (store.root / "lock.json").exists()
+    assert store.holder() == ""
+
+
+def test_a_holder_in_this_process_is_told_to_all_but_itself(store: Store) -> None:
+    """Another Store on the folder is told; a note that says nothing is another process's."""
+    with store.lock("undo"):
+        assert store.holder() == ""
+        assert Store(store.root).holder().startswith("`undo` of ada@lab")
+        (store.root / "lock.json").write_text("{")
+        assert Store(store.root).holder() == "another process"
+    assert Store(store.root).holder() == ""
+
+
+def test_where_no_note_lies_the_lock_is_not_tried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a screen may ask often without being in a writer's way."""
+    tried: list[int] = []
+    monkeypatch.setattr(Store, "busy", lambda self: bool(tried.append(1)))
+    commit(store)
+    assert store.holder() == "" and tried == []
+    (store.root / "lock.json").write_text("{}")
+    assert store.holder() == "" and tried == [1]
 
 
 def test_an_exception_under_the_lock_frees_it(store: Store) -> None:

@@ -30,7 +30,18 @@ from editctl.engine.prompts import Request, sample_contexts
 from editctl.engine.statistics import Moment
 from editctl.engine.wear import check_weights, deltas_of, wearing
 from editctl.errors import InvalidInput, StoreError
-from editctl.events import Emit, Event, GateFailed, Note, Progress, RunStarted, StageStarted, VersionMade, to_line
+from editctl.events import (
+    Emit,
+    Event,
+    GateFailed,
+    MemoryUsed,
+    Note,
+    Progress,
+    RunStarted,
+    StageStarted,
+    VersionMade,
+    to_line,
+)
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics import gates
 from editctl.metrics.edits import Question
@@ -40,7 +51,7 @@ from editctl.spec import Edit
 from editctl.store import BASE, Draft, LiveEdit, Store, Stored, Version
 
 REJECT = "reject"
-UNRECORDED = (Progress,)
+UNRECORDED = (Progress, MemoryUsed)
 """Events that matter only while they happen."""
 REPLAY = "what goes was part of their targets, or their method has nothing to solve again from"
 
@@ -134,6 +145,8 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
         if not isinstance(event, UNRECORDED):
             recorded.append(to_line(event))
         emit(event)
+        if isinstance(event, StageStarted):
+            emit(MemoryUsed(peak_mb(model.device)))
 
     view, origin = store.view(), store.resolve(plan.head or BASE)
     reviewed = origin is not None and origin.id in view.candidates

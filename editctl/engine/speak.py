@@ -121,14 +121,41 @@ def forced(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) 
     """For each (prompt, answer): mean negative log-likelihood of the answer's tokens (nats) and the share of them
     that is the most probable token given the right ones before it."""
     encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
+    return _forced(model, encoded, lambda losses, hits: (float(losses.mean()), float(hits.float().mean())), emit)
 
-    def work(indices: Sequence[int]) -> list[tuple[float, float]]:
+
+@torch.no_grad()
+def probabilities(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) -> list[float]:
+    """For each (prompt, answer) the probability that the prompt goes on with the answer: the product of those of all
+    its tokens, each given the right ones before it.
+
+    Raises:
+        InvalidInput: a prompt and its answer are longer than the model can read.
+    """
+    encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
+    for (ids, _), (prompt, _) in zip(encoded, pairs, strict=True):
+        if len(ids) > model.context_length:
+            raise InvalidInput(
+                f"a prompt and its answer of {len(ids)} tokens are more than the {model.context_length} that "
+                f"{model.name} reads: {visible(prompt)}",
+                "shorten them",
+            )
+    return _forced(model, encoded, lambda losses, _: float((-losses.double().sum()).exp()), emit)
+
+
+def _forced(
+    model: Model, encoded: Sequence[tuple[list[int], int]], of: Callable[[Tensor, Tensor], R], emit: Emit
+) -> list[R]:
+    """What `of` makes of the losses and hits of each answer's tokens.
+
+    Args:
+        encoded: ids of prompt and answer together, and where the answer begins.
+    """
+
+    def work(indices: Sequence[int]) -> list[R]:
         losses, hits = _scored(model, [encoded[i][0] for i in indices])
         starts = [max(encoded[i][1] - 1, 0) for i in indices]
-        return [
-            (float(losses[row, start:].mean()), float(hits[row, start:].float().mean()))
-            for row, start in enumerate(starts)
-        ]
+        return [of(losses[row, start:], hits[row, start:]) for row, start in enumerate(starts)]
 
     return _each(encoded, lambda e: len(e[0]), work, emit)
 
@@ -165,8 +192,20 @@ def _each(
 
 
 @torch.no_grad()
-def next_tokens(model: Model, prompt: str, count: int) -> list[tuple[str, float]]:
-    """The most probable next tokens and their probabilities."""
-    ids = torch.tensor([_fitting(model, prompt)], device=model.device)
-    top = model.net(input_ids=ids, use_cache=False).logits[0, -1].float().softmax(-1).topk(count)
-    return [(model.tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+def next_tokens(model: Model, prompts: Sequence[str], count: int, emit: Emit = silent) -> list[list[tuple[str, float]]]:
+    """For each prompt the most probable next tokens and their probabilities.
+
+    Raises:
+        InvalidInput: a prompt is longer than the model can read.
+    """
+    encoded = [_fitting(model, prompt) for prompt in prompts]
+
+    def work(indices: Sequence[int]) -> list[list[tuple[str, float]]]:
+        ids = torch.tensor([encoded[i] for i in indices], device=model.device)
+        top = model.net(input_ids=ids, use_cache=False).logits[:, -1].float().softmax(-1).topk(count)
+        return [
+            [(model.tokenizer.decode([i]), p) for i, p in zip(tokens, chances, strict=True)]
+            for tokens, chances in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    return _each(encoded, len, work, emit)

@@ -122,6 +122,36 @@ class Version(_Made):
     """user@host"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What differs between two versions, of which None is the unedited model; each pair is of the old, of the new."""
+
+    old: Version | None
+    new: Version | None
+    facts: tuple[Mapping[str, Edit | Stored], Mapping[str, Edit | Stored]]
+    """By id, the live edits that only one of the two has as they are, weights aside."""
+    moved: tuple[tuple[str, Answer], ...]
+    """The answers of the new version that are not what they were, each with what it was."""
+    metrics: tuple[tuple[Metric, ...], tuple[Metric, ...]]
+    norms: tuple[Mapping[str, tuple[float, float]], Mapping[str, tuple[float, float]]]
+    """As a version has them."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Ids that only the new version has."""
+        return tuple(name for name in self.facts[1] if name not in self.facts[0])
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Ids that only the old version has."""
+        return tuple(name for name in self.facts[0] if name not in self.facts[1])
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Ids that both have, for different edits."""
+        return tuple(name for name in self.facts[1] if name in self.facts[0])
+
+
 @dataclass(frozen=True)
 class View:
     """What an operation leaves behind: everything that is not a version."""

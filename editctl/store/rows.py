@@ -64,14 +64,15 @@ def find(db: Database, version: str) -> Version | None:
 
 
 _CHAIN = """
-with recursive chain(id, parent, kept, upto, depth) as (
-    select id, parent, kept, 1 << 60, 0 from versions where id = :version
+with recursive chain(id, number, parent, kept, upto, depth) as (
+    select id, number, parent, kept, 1 << 60, 0 from versions where id = :version
     union all
-    select v.id, v.parent, v.kept, min(chain.upto, chain.kept), depth + 1
-    from chain join versions v on v.id = chain.parent
+    select v.id, v.number, v.parent, v.kept, min(chain.upto, chain.kept), depth + 1
+    from chain join versions v on v.id = chain.parent and v.number < chain.number
 )
 """
-"""A version and all below it; `upto` is how many of its live edits the version at the top still has at the front."""
+"""A version and all below it, each older than the one above, so that rows changed by hand make no circle; `upto` is how
+many of its live edits the version at the top still has at the front."""
 _PLACES = 'from chain join version_edits place on place."version" = chain.id and place.position < chain.upto'
 
 
@@ -184,14 +185,22 @@ def view(db: Database, operation: int | None = None) -> View:
 
 
 def line(db: Database) -> tuple[list[Operation], list[tuple[int, Operation]]]:
+    """As `line_of` of all operations."""
+    return line_of(operations(db))
+
+
+def line_of(operations: Sequence[Operation]) -> tuple[list[Operation], list[tuple[int, Operation]]]:
     """The operations in effect, oldest first, and what is undone as (the undo's id, what it undid), last undone last.
 
     An undo moves an operation from the one to the other and a redo moves it back, so neither is ever in effect itself;
     anything else starts a new line.
+
+    Args:
+        operations: all of them, newest first.
     """
     done: list[Operation] = []
     undone: list[tuple[int, Operation]] = []
-    for operation in reversed(operations(db)):
+    for operation in reversed(operations):
         if operation.verb == "undo":
             undone.append((operation.id, done.pop()))
         elif operation.verb == "redo":
@@ -251,13 +260,11 @@ def resolve(db: Database, ref: str) -> Version | None:
 
 
 def _below(db: Database, ref: str, steps: int) -> Version | None:
-    version = find(db, view(db).head)
-    for taken in range(steps):
-        if version is None:
-            farthest = f"`@-{taken}`" if taken else "`@`"
-            raise StoreError(f"`{ref}` goes beyond base", f"the unedited model is {farthest} here, or `base`")
-        version = find(db, version.parent)
-    return version
+    chain = [*_chain(db, view(db).head), ""]
+    if steps >= len(chain):
+        farthest = f"`@-{len(chain) - 1}`" if len(chain) > 1 else "`@`"
+        raise StoreError(f"`{ref}` goes beyond base", f"the unedited model is {farthest} here, or `base`")
+    return find(db, chain[steps])
 
 
 def look(db: Database, ref: str = "") -> str:
@@ -269,5 +276,9 @@ def look(db: Database, ref: str = "") -> str:
 
 def depth(db: Database, version: str, ancestor: str) -> int:
     """Steps from a version down to one below it ("" for the unedited model); -1 if that is not below it."""
-    chain = [row[0] for row in db.execute(f"{_CHAIN} select id from chain order by depth", {"version": version})]
-    return next((i for i, name in enumerate([*chain, ""]) if name == ancestor), -1)
+    return next((i for i, name in enumerate([*_chain(db, version), ""]) if name == ancestor), -1)
+
+
+def _chain(db: Database, version: str) -> list[str]:
+    """Ids of a version and all below it, downwards."""
+    return [row[0] for row in db.execute(f"{_CHAIN} select id from chain order by depth", {"version": version})]

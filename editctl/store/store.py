@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from editctl.errors import StalePlan, StoreError
 from editctl.metrics.values import Answer, Metric
 from editctl.store import rows
-from editctl.store.connection import Connection
-from editctl.store.records import BASE, CANDIDATE, Draft, LiveEdit, Operation, Stored, Version, View, _Made
+from editctl.store.connection import Connection, _holder
+from editctl.store.records import BASE, CANDIDATE, Difference, Draft, LiveEdit, Operation, Stored, Version, View, _Made
 from editctl.store.rows import plain
 from editctl.store.schema import digest, operation_seal, version_seal
 
@@ -127,6 +127,23 @@ class Store(Connection):
         with self._reading() as db:
             return rows.differing(db, old.id if old else "", new.id if new else "")
 
+    def compare(self, old: Version | None, new: Version | None) -> Difference:
+        """What differs between two versions: facts, answers to the same prompts, metrics, sizes of the updates."""
+        before, after = ({live.id: live.known for live in side} for side in self.differing(old, new))
+        answers = self.answers(new)
+        earlier = self.last_answers(old, list({answer.edit for answer in answers}))
+        said = {(a.kind, a.prompt): a.after for a in earlier}
+        # Of an edit that the old version lacks, what was said before it was applied is known.
+        were = [(said.get((a.kind, a.prompt), a.before), a) for a in answers]
+        return Difference(
+            old=old,
+            new=new,
+            facts=(before, after),
+            moved=tuple((was, answer) for was, answer in were if was != answer.after),
+            metrics=(self.metrics(old), self.metrics(new)),
+            norms=(old.norms if old else {}, new.norms if new else {}),
+        )
+
     def deltas(self, version: Version | None) -> tuple[str, ...]:
         """Names of the version's factor files in order of application."""
         with self._reading() as db:
@@ -168,6 +185,15 @@ class Store(Connection):
         """Versions between a version and one below it (None for the unedited model); -1 if that is not below it."""
         with self._reading() as db:
             return rows.depth(db, version.id, ancestor.id if ancestor else "")
+
+    def holder(self) -> str:
+        """Who else is changing the store now: verb, user, host, process, since when; "" when nobody is.
+
+        A note that a killed process left says nothing: whether the lock is taken decides. Asked often where nobody
+        writes, it costs a look for the note.
+        """
+        note = self.root / "lock.json"
+        return _holder(note) if note.exists() and self.busy() else ""
 
     # Writing
 

@@ -1,0 +1,445 @@
+"""The UI's own process: the places, what is known, what is staged, the children at work.
+
+Knows: reading specs and store in threads when they change, keys and palette, one run at a time. Refuses: torch, SQL,
+and to do in the foreground what takes long. Whatever changes the store is an operation of the store or a command of
+the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual import work
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.dom import DOMNode
+from textual.worker import Worker, WorkerState
+
+from editctl.errors import EditctlError
+from editctl.tui import children, desk
+from editctl.tui.asker import Asked, Asker, Reply
+from editctl.tui.course import Course
+from editctl.tui.desk import Past, Specs
+from editctl.tui.dialogs import Question, Viewer, plain
+from editctl.tui.help import help_of
+from editctl.tui.place import PLACES, Place
+from editctl.tui.rows import WIDE
+from editctl.tui.runner import Run, Runner
+
+if TYPE_CHECKING:
+    from editctl.engine.cost import Expected
+    from editctl.plan import Plan
+    from editctl.store import Operation, Store
+    from editctl.workspace import Workspace
+
+POLL = 1.0
+"""Seconds between looks at whether files or the store changed."""
+PULSE = 0.5
+"""Seconds between looks at how far a run is, for the bars."""
+
+
+def place_class(name: str) -> type[Place]:
+    """The class of a place, by its key in `PLACES`."""
+    module = import_module(f"editctl.tui.{name}")
+    found: type[Place] = getattr(module, f"{PLACES[name]}Place")
+    return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan of what is staged, or why there is none."""
+
+    plan: Plan | None = None
+    expected: Expected | None = None
+    error: EditctlError | None = None
+
+
+class Actions(Provider):
+    """The palette: everything that has a key, by category."""
+
+    def _found(self) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+        seen = set()
+        for active in self.screen.active_bindings.values():
+            node, binding = active.node, active.binding
+            if binding.id is None or binding.id.startswith(("list.", "pane.")) or binding.action in seen:
+                continue
+            seen.add(binding.action)
+            category = binding.id.partition(".")[0] if "." in binding.id else "view"
+            what = binding.tooltip or binding.description
+            why = node.obstacle(binding.action) if isinstance(node, Place) else ""
+            key = self.app.get_key_display(binding)
+            yield (f"{category}: {what}", f"{key}  {why}".strip(), partial(self.app.run_action, binding.action, node))
+
+    async def discover(self) -> Hits:
+        """Everything, before anything is typed."""
+        for name, more, run in self._found():
+            yield DiscoveryHit(name, run, help=more)
+
+    async def search(self, query: str) -> Hits:
+        """What fits the words."""
+        matcher = self.matcher(query)
+        for name, more, run in self._found():
+            if (score := matcher.match(name)) > 0:
+                yield Hit(score, matcher.highlight(name), run, help=more)
+
+
+class EditctlApp(App[None]):
+    """The terminal UI of a workspace."""
+
+    TITLE = "editctl"
+    CSS_PATH = "app.tcss"
+    # Each place's module is loaded when it is first shown: the first paint needs one of them.
+    MODES: ClassVar[dict[str, Callable[[], Place]]] = {  # type: ignore[assignment]
+        name: partial(lambda name: place_class(name)(), name) for name in PLACES
+    }
+    DEFAULT_MODE = "specs"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
+    COMMANDS = App.COMMANDS | {Actions}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(
+            Binding(str(i), f"go('{name}')", title, show=False, id=f"go.{name}", tooltip=f"Go to {title}")
+            for i, (name, title) in enumerate(PLACES.items(), 1)
+        ),
+        Binding("u", "undo", "undo", show=False, id="history.undo", tooltip="Take back the last operation"),
+        Binding("ctrl+r", "redo", "redo", show=False, id="history.redo", tooltip="Take back the last undo"),
+        Binding("question_mark", "help", "keys", key_display="?", id="view.help", tooltip="What this place is for"),
+        Binding("q", "quit", "quit", show=False, id="view.quit", tooltip="Leave editctl"),
+    ]
+
+    def __init__(
+        self,
+        space: Workspace,
+        *,
+        readonly: bool = False,
+        launch: children.Launch = children.launch,
+        logs: Path | None = None,
+        poll: float = POLL,
+    ) -> None:
+        """
+        Args:
+            launch: starts the commands that work for the UI.
+            logs: where their words are kept; by default the user's log folder.
+            poll: seconds between looks at files and store.
+        """
+        super().__init__()
+        # Thousands of specs are many small objects without cycles; looking for cycles among all of them takes longer
+        # than a key press may.
+        gc.set_threshold(100_000, 50, 100)
+        self.space, self.readonly, self._poll = space, readonly, poll
+        if logs is None:
+            from platformdirs import user_log_path
+
+            logs = user_log_path("editctl")
+        self.specs, self.past, self.planned = Specs(), Past(), Planned()
+        self.staged: set[str] = set()
+        """Keys of the items that are staged."""
+        self.elsewhere = ""
+        """Who else is changing the store; empty when nobody is."""
+        self.reviewed: str | None = None
+        """The version that Review shows; None is the newest candidate, else the head."""
+        self.trouble = ""
+        """Why specs or store could not be read."""
+        self.runner = Runner(launch, logs, self.told)
+        self.asker = Asker(launch, space.arguments("ask", "--stdin", model=True), logs, self.told)
+        self._launch, self._logs = launch, logs
+        self._shelf: Any = None
+        self._specs_stamp: object = None
+        self._been: list[str] = []
+        if theme := space.config.theme:
+            self.theme = theme
+        self.set_keymap(space.config.keys)
+
+    # What is known
+
+    @property
+    def store(self) -> Store:
+        """The store of the workspace."""
+        from editctl.store import Store
+
+        return Store(Path(self.space.config.store), readonly=self.readonly)
+
+    @property
+    def spec_paths(self) -> list[Path]:
+        """The workspace's spec files and folders."""
+        return [Path(name) for name in self.space.config.specs]
+
+    def on_mount(self) -> None:
+        """Begin to read, after the first paint."""
+        self.call_after_refresh(self._start)
+
+    def _start(self) -> None:
+        self.look()
+        self.set_interval(self._poll, self.look)
+        self.set_interval(PULSE, self._pulse)
+        self._load_places()
+
+    @work(group="load", thread=True)
+    def _load_places(self) -> None:
+        """So that the first visit of a place need not wait for its module."""
+        for name in PLACES:
+            place_class(name)
+
+    @work(exclusive=True, group="look", exit_on_error=False)
+    async def look(self) -> None:
+        """See whether files or store changed, and read what did."""
+        root = Path(self.space.config.store)
+        stamps = (desk.stamp_of_specs, self.spec_paths), (desk.stamp_of_store, root)
+        specs_stamp, store_stamp = [await asyncio.to_thread(*one) for one in stamps]
+        self.elsewhere = "" if self.runner.going else await asyncio.to_thread(self._holder)
+        past, trouble = self.past, ""
+        if store_stamp != past.stamp or not past.read:
+            try:
+                past = await asyncio.to_thread(desk.read_past, self.store)
+            except EditctlError as error:
+                trouble = f"{error.message}; {error.hint}"
+                past = Past(stamp=store_stamp, read=True)
+        if past is not self.past or specs_stamp != self._specs_stamp:
+            self._specs_stamp = specs_stamp
+            self.specs = await asyncio.to_thread(self._read_specs, past)
+            self.past, self.trouble = past, trouble or ""
+            self.staged &= self.specs.stageable
+            self.plan_again()
+        self.told()
+
+    def _holder(self) -> str:
+        return self.store.holder()
+
+    def _read_specs(self, past: Past) -> Specs:
+        from editctl.spec import Shelf
+
+        self._shelf = self._shelf or Shelf()
+        return desk.read_specs(self._shelf, self.spec_paths, past.lives)
+
+    @work(exclusive=True, group="plan", exit_on_error=False)
+    async def plan_again(self) -> None:
+        """Make the plan of what is staged."""
+        if not self.staged:
+            self.planned = Planned()
+        else:
+            self.planned = await asyncio.to_thread(self._make_plan, frozenset(self.staged), self.specs)
+        self.told()
+
+    def _make_plan(self, staged: frozenset[str], specs: Specs) -> Planned:
+        from editctl import plan as plan_room
+
+        wanted, dropped = desk.staged_actions(specs.items, staged)
+        try:
+            store = self.store
+            head = store.head()
+            made = self.space.make_plan(wanted, head, store, prune=False)
+            made = plan_room.dropping(made, [live.known for live in store.edits(head)], dropped)
+            return Planned(made, self.space.expected(made, store) if made.changes else None)
+        except EditctlError as error:
+            return Planned(error=error)
+
+    def stage(self, keys: Sequence[str], on: bool) -> None:
+        """Put items into the plan, or take them out of it."""
+        self.staged = self.staged | set(keys) if on else self.staged - set(keys)
+        self.plan_again()
+        self.told()
+
+    def told(self) -> None:
+        """Something is known anew: show it."""
+        screen = self.screen_stack[0] if self._running and self.screen_stack else None
+        if isinstance(screen, Place):
+            screen.update()
+
+    def _pulse(self) -> None:
+        if self.runner.going or self.asker.doing:
+            for bar in self.screen.query("PlaceBar, StatusBar"):
+                bar.refresh()
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """A fault of ours is told and kept for a report; the UI goes on."""
+        if event.state == WorkerState.ERROR:
+            error = event.worker.error
+            log = children.log_file(self._logs, "fault")
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            words = f"A fault in editctl itself: {type(error).__name__}: {error}\nPlease report it with {log}"
+            self.notify(words, severity="error", timeout=60, markup=False)
+
+    # The bars
+
+    def place_mark(self, name: str) -> str:
+        """What stands behind a place's name when it wants attention."""
+        if name == "plan" and self.staged:
+            return f"({len(self.staged)})"
+        if name == "run" and self.runner.going:
+            return "*"
+        if name == "review" and self.past.candidates:
+            return f"({len(self.past.candidates)})"
+        return ""
+
+    def where(self) -> str:
+        """What is worked on."""
+        head = self.past.head.id if self.past.head else "base"
+        return ("read-only  " if self.readonly else "") + f"{Path(self.space.config.model).name} @ {head}"
+
+    def status(self) -> tuple[str, str]:
+        """What is going on, and its style."""
+        run = self.runner.run
+        if self.trouble:
+            return self.trouble, "bold red"
+        if run is not None and run.going:
+            left = "" if run.left is None else f", about {run.left:.0f} s left"
+            doing = run.outcome or run.course.doing
+            return f"{run.title}: {100 * run.course.fraction:.0f} %, {doing}{left}", "bold"
+        if self.elsewhere:
+            return f"the store is being changed by {self.elsewhere}", "bold yellow"
+        if self.asker.doing:
+            return f"{self.asker.doing} …", "bold"
+        if not self.specs.read:
+            return "reading …", ""
+        parts = [f"{len(self.specs.items) - self.specs.count(desk.GONE)} edits in {len(self.specs.files)} files"]
+        parts += [f"{self.specs.count(state)} {state}" for state in desk.GLYPHS if self.specs.count(state)]
+        parts += [f"{len(self.specs.problems)} problems"] if self.specs.problems else []
+        return " · ".join(parts), ""
+
+    # Keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Dim what cannot be done."""
+        return None if self.obstacle(action) else True
+
+    def obstacle(self, action: str) -> str:
+        """Why an action of every place cannot be done now; empty if it can."""
+        if action in ("undo", "redo"):
+            if self.readonly:
+                return "opened with --readonly: nothing can be changed"
+            if self.runner.going:
+                return "a run is going on: wait for it, or cancel it in Run"
+            if action == "undo" and not self.past.operations:
+                return "nothing was done yet"
+        return ""
+
+    async def run_action(self, action: Any, default_namespace: DOMNode | None = None, namespaces: Any = None) -> bool:
+        """As Textual does; what cannot be done says why."""
+        if await super().run_action(action, default_namespace, namespaces):
+            return True
+        node = default_namespace
+        name = action.partition("(")[0] if isinstance(action, str) else ""
+        if name.startswith("app."):
+            node, name = self, name.removeprefix("app.")
+        why = node.obstacle(name) if isinstance(node, Place | EditctlApp) else ""
+        if why:
+            self.notify(why[:1].upper() + why[1:], severity="warning", markup=False)
+        return bool(why)
+
+    async def action_go(self, name: str) -> None:
+        """To another place."""
+        if name != self.current_mode:
+            self._been = [*self._been[-20:], self.current_mode]
+            await self.switch_mode(name)
+
+    async def action_back(self) -> None:
+        """To the place before."""
+        if self._been:
+            await self.switch_mode(self._been.pop())
+
+    def action_help(self) -> None:
+        """Say what the place is for and what its keys do."""
+        self.push_screen(Viewer("Keys", help_of(self.screen, self.get_key_display)))
+
+    def action_undo(self) -> None:
+        """Take back the last operation."""
+        self.change("undo", lambda store: store.undo("editctl tui: undo"), "ctrl+r brings it back")
+
+    def action_redo(self) -> None:
+        """Take back the last undo."""
+        self.change("redo", lambda store: store.redo("editctl tui: redo"), "u takes it back")
+
+    @work(group="quit", exclusive=True)
+    async def action_quit(self) -> None:  # type: ignore[override]
+        """Leave; a run that goes on is asked about."""
+        if self.runner.going:
+            question = Question("A run is going on. Cancel it and leave?", "The store stays as it is.")
+            if await self.push_screen_wait(question) is None:
+                return
+            await self.runner.cancel()
+        await self.asker.stop()
+        self.exit()
+
+    # Doing
+
+    @work(group="change", exit_on_error=False)
+    async def change(self, verb: str, move: Callable[[Store], Operation], back: str = "u takes it back") -> None:
+        """Do an operation of the store and say what it did.
+
+        Args:
+            back: how it is undone.
+        """
+        try:
+            operation = await asyncio.to_thread(lambda: move(self.store))
+        except EditctlError as error:
+            self.refused(error)
+        else:
+            from editctl.report import short
+
+            words = f"{operation.description[:1].upper()}{operation.description[1:]}.\nNow at {short(operation.head)}"
+            self.notify(f"{words}; {back}.", title=verb, markup=False)
+        self.look()
+
+    def refused(self, error: EditctlError) -> None:
+        """Say why something was not done."""
+        from editctl.report import problem_lines
+
+        self.notify(problem_lines(error).plain, severity="error", timeout=15, markup=False)
+
+    def carry_out(
+        self, title: str, course: Course, arguments: Sequence[str], verb: str, given: str = ""
+    ) -> Worker[None]:
+        """Start a run, show it, and say what came of it."""
+        return self.run_worker(self._carry_out(title, course, arguments, verb, given), group="run", exit_on_error=False)
+
+    async def _carry_out(self, title: str, course: Course, arguments: Sequence[str], verb: str, given: str) -> None:
+        # Two models at once may be more than the device holds.
+        await self.asker.stop()
+        following = self.run_worker(self.runner.carry_out(title, course, arguments, verb, given), group="child")
+        await self.action_go("run")
+        run: Run = await following.wait()
+        if run.complaint or (run.code and course.made is None and not run.cancelled):
+            words = f"{run.outcome}\n{run.complaint}\nAll it said: {run.log}"
+            self.notify(words, title=title, severity="error", timeout=30, markup=False)
+        elif course.made is not None:
+            self.reviewed = course.made.version
+            where = "" if self.current_mode == "review" else "\nReview (4) shows it."
+            severity = "warning" if course.made.candidate else "information"
+            self.notify(run.outcome + where, title=title, severity=severity, timeout=10, markup=False)  # type: ignore[arg-type]
+        else:
+            self.notify(run.outcome, title=title, markup=False)
+        self.look()
+
+    async def start(self, verb: str, arguments: Sequence[str]) -> children.Child:
+        """Start a command that makes no version, with a log file of its own."""
+        log = await asyncio.to_thread(children.log_file, self._logs, verb)
+        return await self._launch(arguments, log)
+
+    async def ask(self, ref: str, prompts: Sequence[Asked], top: int = 0) -> tuple[str, list[Reply]]:
+        """Ask the model; refused while a run has it.
+
+        Raises:
+            EditctlError: it was refused.
+        """
+        if self.runner.going:
+            raise EditctlError("a run is going on, which has the model", "ask again when it has ended")
+        return await self.asker.ask(ref, prompts, top)
+
+    def read(self, title: str, body: object) -> None:
+        """Show something to read."""
+        self.push_screen(Viewer(title, plain(body) if isinstance(body, str) else body))
+
+    async def on_unmount(self) -> None:
+        """No child outlives the UI."""
+        with suppress(Exception):
+            await self.runner.cancel()
+            await self.asker.stop()

@@ -1,0 +1,116 @@
+"""Asking the model: one child that keeps it loaded, started with the first question and stopped before a run.
+
+Knows: the lines of `editctl ask --stdin`. Refuses: what is asked and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editctl.errors import EditctlError
+from editctl.tui.children import Child, Launch, errors_of, log_file
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and answers whose probability is wanted."""
+
+    prompt: str
+    wanted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one version says to one prompt."""
+
+    prompt: str
+    text: str
+    following: tuple[tuple[str, float], ...]
+    """The most probable next tokens and their probabilities."""
+    probabilities: tuple[float, ...]
+    """Of the wanted answers, whole."""
+
+
+class Asker:
+    """Answers from any version of the store."""
+
+    def __init__(self, launch: Launch, arguments: Sequence[str], logs: Path, told: Callable[[], None]) -> None:
+        """
+        Args:
+            arguments: of the command line, after `editctl`.
+            told: called when `doing` changes.
+        """
+        self._launch, self._arguments, self._logs, self._told = launch, arguments, logs, told
+        self._child: Child | None = None
+        self._one = asyncio.Lock()
+        self._number = 0
+        self.doing = ""
+        """What it is at, for the status line; empty when it has nothing to do."""
+
+    async def ask(self, ref: str, prompts: Sequence[Asked], top: int = 0) -> tuple[str, list[Reply]]:
+        """The version's id ("" for the unedited model), and its replies in the order of the prompts.
+
+        Raises:
+            EditctlError: it was refused, or the child ended.
+        """
+        async with self._one:
+            try:
+                return await self._ask(ref, prompts, top)
+            except asyncio.CancelledError:
+                # What it would still say belongs to nobody.
+                self._drop()
+                raise
+            finally:
+                self._say("")
+
+    async def _ask(self, ref: str, prompts: Sequence[Asked], top: int) -> tuple[str, list[Reply]]:
+        self._say("asking" if self._child else "loading the model")
+        if self._child is None:
+            log = await asyncio.to_thread(log_file, self._logs, "ask")
+            self._child = await self._launch(self._arguments, log)
+        child = self._child
+        self._number += 1
+        wanted = [{"prompt": asked.prompt, "wanted": list(asked.wanted)} for asked in prompts]
+        await child.send(json.dumps({"id": self._number, "ref": ref, "prompts": wanted, "top": top}))
+        while line := await child.line():
+            try:
+                said: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue
+            if said.get("type") == "ready":
+                self._say("asking")
+            if said.get("type") == "error" and said.get("id") in (self._number, None):
+                raise EditctlError(str(said["message"]), str(said.get("hint", "")))
+            if said.get("type") == "answers" and said.get("id") == self._number:
+                return said["version"], [_reply(answer) for answer in said["answers"]]
+        self._child = None
+        code = await child.wait()
+        message = errors_of(child.log) or f"the model's process ended with code {code}"
+        raise EditctlError(message.removeprefix("error: "), f"all it said is in {child.log}")
+
+    def _say(self, doing: str) -> None:
+        if doing != self.doing:
+            self.doing = doing
+            self._told()
+
+    def _drop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    async def stop(self) -> None:
+        """Give back the memory that the model takes."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            await child.wait()
+
+
+def _reply(answer: dict[str, Any]) -> Reply:
+    following = tuple((str(token), float(p)) for token, p in answer.get("next", ()))
+    return Reply(answer["prompt"], answer["text"], following, tuple(answer.get("probabilities", ())))

@@ -1,0 +1,417 @@
+"""The terminal UI: every place, and every key that changes files or the store, with an engine that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from screens import BOOKS, LANDMARKS, NARROW, Screen, play, workspace
+from scripted import STUBBORN, Engine
+
+from editctl.store import Store
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return workspace(tmp_path)
+
+
+async def apply_all(screen: Screen) -> None:
+    """Stage everything and apply it."""
+    await screen.press("1", "a", "p")
+    await screen.until(lambda: screen.app.planned.plan, "a plan")
+    await screen.press("g", "y")
+    await screen.until(lambda: screen.app.runner.run and not screen.app.runner.going, "the end of the run")
+    await screen.settle()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Specs
+
+
+def test_every_edit_of_every_file_is_listed_with_its_state(folder: Path) -> None:
+    """Files in order, edits in order, what is new is new."""
+
+    async def script(screen: Screen) -> None:
+        assert [(i.edit.id, i.state) for i in screen.app.specs.items] == [
+            ("whale", "new"),
+            ("tower", "new"),
+            ("clock", "new"),
+        ]
+        for words in ("Moby Dick", "{} was written by", "Jane Austen", "books.toml", "3 edits in 2 files", "3 new"):
+            assert words in screen.text
+
+    play(script, folder)
+
+
+def test_applying_what_is_staged_makes_a_version_of_just_that(folder: Path) -> None:
+    """Two of three are staged; the question names them; y confirms where g asked."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("space", "space", "p")
+        assert screen.app.staged == {"whale", "tower"}
+        await screen.until(lambda: "90.0 %" in screen.text, "what is said now")
+        await screen.press("g")
+        assert "2 to add" in screen.text
+        assert screen.head == ""
+        await screen.press("y")
+        await screen.until(lambda: screen.head, "a version")
+        await screen.until(lambda: not screen.app.staged, "nothing staged")
+        assert {live.id for live in screen.engine.store.edits(screen.engine.store.head())} == {"whale", "tower"}
+        assert screen.place == "run"
+        assert any("Made version" in toast for toast in screen.toasts)
+
+    play(script, folder)
+
+
+def test_a_file_changed_by_another_program_is_shown_at_once(folder: Path) -> None:
+    """An edit comes, another gets a problem with its line; nothing else is asked of the person."""
+
+    async def script(screen: Screen) -> None:
+        await screen.until(lambda: len(screen.app.specs.items) == 3)
+        wrong = BOOKS.replace("{} was written by", "was written by")
+        (folder / "specs" / "books.toml").write_text(wrong, encoding="utf-8")
+        (folder / "specs" / "more.toml").write_text(BOOKS.replace("whale", "wail").replace("Moby", "Mobile"))
+        await screen.until(lambda: "invalid" in screen.text and "Mobile Dick" in screen.text)
+        assert "specs/books.toml:6: relation has no place" in screen.text
+        assert [i.state for i in screen.app.specs.items] == ["invalid", "new", "new", "new"]
+
+    play(script, folder, poll=0.05)
+
+
+def test_contradicting_edits_are_named_and_cannot_be_staged(folder: Path) -> None:
+    """The one that comes second has the problem; the key says why it does nothing."""
+
+    async def script(screen: Screen) -> None:
+        assert [i.state for i in screen.app.specs.items] == ["new", "conflicting", "new", "new"]
+        await screen.press("down", "space")
+        assert not screen.app.staged
+        assert any("contradicts" in toast.casefold() for toast in screen.toasts)
+        await screen.press("a")
+        assert screen.app.staged == {"whale", "tower", "clock"}
+
+    other = BOOKS.replace("whale", "other").replace("Jane Austen", "Homer")
+    workspace(folder, books=BOOKS, books2=other, landmarks=LANDMARKS)
+    play(script, folder)
+
+
+def test_a_broken_file_never_turns_its_live_edits_into_drops(folder: Path) -> None:
+    """What is live and in no readable file could be staged to be dropped only once every file can be read."""
+
+    async def script(screen: Screen) -> None:
+        await apply_all(screen)
+        (folder / "specs" / "books.toml").write_text("not toml", encoding="utf-8")
+        screen.app.look()
+        await screen.until(lambda: screen.app.specs.problems)
+        gone = [item for item in screen.app.specs.items if item.state == "gone"]
+        assert [item.edit.id for item in gone] == ["whale"]
+        await screen.press("1", "a")
+        assert not screen.app.staged
+        (folder / "specs" / "books.toml").unlink()
+        screen.app.look()
+        await screen.until(lambda: not screen.app.specs.problems)
+        await screen.press("a")
+        assert screen.app.staged == {"-whale"}
+        await screen.press("p", "g", "y")
+        await screen.until(lambda: len(screen.engine.lives(screen.engine.store.head())) == 2, "the drop")
+
+    play(script, folder)
+
+
+def test_the_filter_takes_words_and_words_not_wanted(folder: Path) -> None:
+    """All words, in any field; ! leaves out; esc takes it away."""
+
+    async def script(screen: Screen) -> None:
+        rows = screen.app.screen.query_one("#items")
+        await screen.press("slash", *"new")
+        assert len(rows.items) == 3
+        await screen.press("space", *"!paris")
+        assert [item.edit.id for item in rows.items] == ["whale", "clock"]
+        await screen.press("enter", "a")
+        assert screen.app.staged == {"whale", "clock"}
+        await screen.press("escape")
+        assert len(rows.items) == 3
+
+    play(script, folder)
+
+
+def test_deleting_an_edit_asks_and_leaves_the_rest_of_the_file(folder: Path) -> None:
+    """x asks, return says no, y deletes; the other edit stays as it was."""
+
+    async def script(screen: Screen) -> None:
+        file = folder / "specs" / "landmarks.toml"
+        await screen.press("down", "x", "enter")
+        assert file.read_text() == LANDMARKS
+        await screen.press("x", "y")
+        await screen.until(lambda: "tower" not in file.read_text(), "the deletion")
+        assert file.read_text().endswith(LANDMARKS[LANDMARKS.index('[[edit]]\nid = "clock"') :])
+        await screen.until(lambda: len(screen.app.specs.items) == 2)
+
+    play(script, folder)
+
+
+@pytest.mark.parametrize(
+    ("editor", "command"),
+    [
+        ("vi", ["vi", "+7", "a.toml"]),
+        ("emacs -nw", ["emacs", "-nw", "+7", "a.toml"]),
+        ("/usr/bin/code", ["/usr/bin/code", "--wait", "--goto", "a.toml:7"]),
+        ("hx", ["hx", "a.toml:7"]),
+    ],
+)
+def test_the_editor_is_opened_at_the_line(editor: str, command: list[str]) -> None:
+    """Each as it is told the line; VISUAL goes before EDITOR."""
+    from editctl.tui.specs import editor_command
+
+    assert editor_command({"EDITOR": editor}, "a.toml", 7) == command
+    assert editor_command({"EDITOR": "ed", "VISUAL": editor}, "a.toml", 7) == command
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan and Run
+
+
+def test_the_plan_says_what_the_model_says_now_and_how_probable_both_targets_are(folder: Path) -> None:
+    """Prompt, paraphrase and probes of what is staged; nothing is asked of what is not."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("2")
+        assert "Nothing is staged" in screen.text
+        assert not screen.engine.started
+        await screen.press("1", "down", "space", "2")
+        await screen.until(lambda: "90.0 %" in screen.text, "what is said now")
+        for words in ("Paris", "5.0 %", "generalization", "The Louvre is in", "The country where", "1 to add"):
+            assert words in screen.text
+        asked = [arguments for arguments in screen.engine.started if "--stdin" in arguments]
+        assert len(asked) == 1
+
+    play(script, folder)
+
+
+def test_return_on_the_question_does_not_apply(folder: Path) -> None:
+    """No has the focus, so neither return nor a second g does anything."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("a", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        for keys in (("g", "enter"), ("g", "g", "escape"), ("g", "n")):
+            await screen.press(*keys)
+            assert not screen.engine.runs
+        await screen.press("g", "right", "enter")
+        await screen.until(lambda: screen.engine.runs)
+
+    play(script, folder)
+
+
+def test_the_note_of_the_question_is_in_the_log(folder: Path) -> None:
+    """Typed letters go to the note, not to the keys."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("a", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        await screen.press("g", "m", *"yn", "enter", "y")
+        await screen.until(lambda: screen.head, "a version")
+        assert screen.engine.store.operations()[0].note == "yn"
+
+    play(script, folder)
+
+
+def test_a_cancelled_run_leaves_the_store_as_it_was(folder: Path) -> None:
+    """esc asks, y cancels; other places can be visited meanwhile and the run goes on."""
+
+    async def script(screen: Screen) -> None:
+        screen.engine.hold = asyncio.Event()
+        await screen.press("a", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        await screen.press("g", "y")
+        await screen.until(lambda: screen.app.runner.run and screen.app.runner.run.course.step > 5)
+        assert "loss" in screen.text and "step 11 of at most 25" in screen.text
+        await screen.press("1", "5", "3")
+        assert screen.app.runner.going
+        await screen.press("escape", "n")
+        assert screen.app.runner.going
+        await screen.press("escape", "y")
+        await screen.until(lambda: not screen.app.runner.going, "the end")
+        assert screen.head == "" and screen.engine.store.versions() == []
+        assert "Cancelled; the store is as it was" in screen.text
+        assert len(screen.app.staged) == 3, "what was staged is not lost"
+
+    play(script, folder)
+
+
+def test_a_child_that_dies_is_a_message_with_the_path_of_its_log(folder: Path) -> None:
+    """What it said last, where the rest is; the UI goes on and the next run works."""
+
+    async def script(screen: Screen) -> None:
+        screen.engine.dies = "error: the device is out of memory\nhint: a smaller batch_size"
+        await screen.press("a", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        await screen.press("g", "y")
+        await screen.until(lambda: any("out of memory" in toast for toast in screen.toasts), "a message")
+        run = screen.app.runner.run
+        assert run is not None and str(run.log) in screen.toasts[-1]
+        assert "smaller batch_size" in screen.text
+        assert screen.head == ""
+        await screen.press("2", "g", "y")
+        await screen.until(lambda: screen.head, "a version")
+
+    play(script, folder)
+
+
+def test_leaving_while_a_run_goes_on_asks_and_cancels_it(folder: Path) -> None:
+    """No child outlives the UI."""
+
+    async def script(screen: Screen) -> None:
+        screen.engine.hold = asyncio.Event()
+        await screen.press("a", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        await screen.press("g", "y")
+        await screen.until(lambda: screen.app.runner.run and screen.app.runner.run.course.step > 5)
+        await screen.press("q", "n")
+        assert screen.app.runner.going
+        await screen.press("q", "y")
+        await screen.until(lambda: not screen.app.runner.going, "the end")
+        assert screen.engine.store.versions() == []
+
+    play(script, folder)
+
+
+def test_a_failed_gate_makes_a_candidate_and_says_so(folder: Path) -> None:
+    """The head stays; the bar counts what waits for review."""
+
+    async def script(screen: Screen) -> None:
+        await apply_all(screen)
+        assert screen.head == ""
+        assert "is a candidate" in screen.text
+        assert "Review(1)" in screen.lines[0]
+
+    (folder / "editctl.toml").write_text("[gates]\nreliability = 0.9\n")
+    workspace(folder, landmarks=LANDMARKS.replace("Tokyo", STUBBORN))
+    play(script, folder)
+
+
+def test_a_saved_plan_is_the_contract_that_apply_takes(folder: Path) -> None:
+    """s writes what `plan -o` writes."""
+    from editctl import plan
+
+    async def script(screen: Screen) -> None:
+        await screen.press("space", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        await screen.press("s", *"x.json", "enter")
+        await screen.until((folder / "x.json").is_file)
+        assert plan.load(folder / "x.json").to_json() == screen.app.planned.plan.to_json()
+
+    play(script, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everywhere
+
+
+def test_undo_and_redo_work_from_everywhere_and_say_what_they_did(folder: Path) -> None:
+    """In any place, and what is listed follows."""
+
+    async def script(screen: Screen) -> None:
+        await apply_all(screen)
+        made = screen.head
+        await screen.press("1", "u")
+        await screen.until(lambda: screen.head == "" and screen.app.past.head is None, "the undo")
+        assert any("ndid operation 1 (apply)" in toast for toast in screen.toasts)
+        await screen.until(lambda: screen.app.specs.count("new") == 3)
+        await screen.press("ctrl+r")
+        await screen.until(lambda: screen.app.past.head is not None, "the redo")
+        assert screen.head == made
+
+    play(script, folder)
+
+
+def test_a_key_that_does_nothing_says_why(folder: Path) -> None:
+    """Undo with nothing done, going with nothing staged."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("u")
+        assert screen.toasts[-1] == "Nothing was done yet"
+        await screen.press("2", "g")
+        assert screen.toasts[-1].startswith("Nothing is staged")
+
+    play(script, folder)
+
+
+def test_readonly_changes_nothing_and_says_so(folder: Path) -> None:
+    """Every action that changes files or the store, of every place; looking works."""
+    from editctl.tui.app import place_class
+    from editctl.tui.place import PLACES
+
+    engine = Engine(folder / "store")
+
+    async def make(screen: Screen) -> None:
+        await apply_all(screen)
+
+    play(make, folder, engine=engine)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts}
+
+    async def script(screen: Screen) -> None:
+        for number, name in enumerate(PLACES, 1):
+            await screen.press("escape", str(number))
+            place = screen.app.screen
+            for binding in place_class(name).BINDINGS:
+                action = binding.action.partition("(")[0]
+                if action in place.CHANGES:
+                    told = len(screen.toasts)
+                    await screen.app.run_action(binding.action, place)
+                    await screen.settle()
+                    assert screen.app.screen is place, f"{action} of {name} opened a question"
+                    assert "--readonly" in " ".join(screen.toasts[told:]), action
+            assert place.CHANGES or name in ("run", "history", "ask")
+        await screen.press("u")
+        assert "--readonly" in screen.toasts[-1]
+
+    play(script, folder, readonly=True, engine=Engine(folder / "store"))
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts}
+    assert before == after
+
+
+def test_another_program_that_writes_is_named_and_its_result_appears(folder: Path) -> None:
+    """While it has the lock apply says whose it is; when it ends the lists are new."""
+    engine = Engine(folder / "store")
+
+    async def script(screen: Screen) -> None:
+        await screen.press("space", "p")
+        await screen.until(lambda: screen.app.planned.plan)
+        held = asyncio.Event()
+
+        def hold() -> None:
+            with Store(folder / "store", who="eve@far").lock("squash"):
+                while not held.is_set():
+                    time.sleep(0.01)
+
+        task = asyncio.create_task(asyncio.to_thread(hold))
+        await screen.until(lambda: "`squash` of eve@far" in screen.text, "the name of who has the lock")
+        await screen.press("g")
+        assert "eve@far" in screen.toasts[-1] and not screen.engine.runs
+        held.set()
+        await task
+        engine.make(engine.plan_of(screen.app.specs.items[0].edit))
+        await screen.until(lambda: screen.app.specs.items[0].state == "applied", "the other program's version")
+        assert "eve@far" not in screen.lines[1]
+
+    play(script, folder, engine=engine, poll=0.05)
+
+
+def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> None:
+    """The places, the status and the keys are in sight at 80 × 24; ? explains every key."""
+
+    async def script(screen: Screen) -> None:
+        for number, title in enumerate(("Specs", "Plan", "Run", "Review", "History", "Ask"), 1):
+            await screen.press("escape", str(number))
+            assert f"{number} {title}" in screen.lines[0]
+            assert "6 Ask" in screen.lines[0]
+            assert "? keys" in screen.lines[-1]
+            await screen.press("escape", "question_mark")
+            assert "name in [keys]" in screen.text.replace("\n", " ") or "name in" in screen.text
+            await screen.press("escape")
+
+    play(script, folder, size=NARROW)
