@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import scripted
+from textual import events
 from textual.pilot import Pilot
+from textual.worker import Worker
 
 from editctl.tui.app import EditctlApp
 from editctl.workspace import Workspace
@@ -18,6 +21,9 @@ from editctl.workspace import Workspace
 WIDE, NARROW = (120, 36), (80, 24)
 PATIENCE = 20.0 * float(os.environ.get("EDITCTL_TIME_FACTOR", "1"))
 """Seconds after which something that should have happened has not."""
+LETTERS = {"space": " ", "left_square_bracket": "[", "right_square_bracket": "]", "left_curly_bracket": "{"}
+LETTERS |= {"right_curly_bracket": "}", "equals_sign": "=", "greater_than_sign": ">", "question_mark": "?"}
+"""What keys with a name write."""
 
 LANDMARKS = """version = 1
 
@@ -71,6 +77,24 @@ class Screen:
         for key in keys:
             await self.pilot.press(key)
             await self.settle()
+
+    async def tap(self, key: str) -> None:
+        """Press a key and let every widget take it in; `Pilot.press` takes many times as long."""
+        self.app.post_message(events.Key(key, LETTERS.get(key, key if len(key) == 1 else None)))
+        await self.taken()
+
+    async def taken(self) -> None:
+        """Let every widget take in what it was sent, and what that led to."""
+        for _ in range(2):
+            await self.pilot._wait_for_screen()
+
+    async def rest(self, going: Callable[[Worker[Any]], bool]) -> None:
+        """Wait for the workers that are said to come to their end."""
+        late = time.monotonic() + PATIENCE
+        while waited := [worker for worker in self.app.workers if going(worker) and not worker.is_finished]:
+            assert time.monotonic() < late, f"does not end: {waited}\n{self.text}"
+            await asyncio.sleep(0.002)
+        await self.taken()
 
     async def until(self, condition: Callable[[], Any], what: str = "") -> None:
         """Wait for something that shall happen."""

@@ -94,9 +94,12 @@ class Engine:
         before, after = self.lives(origin if not reviewed else self.store.resolve(parent or "base")), []
         after = [live.edit for live in lives]
         answers = []
+        known = self.store.last_answers(origin, [edit.id for edit in after])
+        first = {(answer.edit, answer.kind, answer.prompt): answer.before for answer in known}
         for edit in after:
             for question in edit_metrics.questions(edit):
                 was, now = said(question, before), said(question, after)
+                was = first.get((edit.id, question.kind, question.prompt), was)
                 if question.kind == REWRITE and was == UNKNOWN and edit.target_true:
                     was = edit.target_true
                 good = edit_metrics.judge(question, was, now)

@@ -409,9 +409,9 @@ def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> N
             await screen.press("escape", str(number))
             assert f"{number} {title}" in screen.lines[0]
             assert "6 Ask" in screen.lines[0]
-            assert "? keys" in screen.lines[-1]
+            assert "? keys" in screen.lines[-1] or title == "Ask", "in Ask ? is a letter of the prompt"
             await screen.press("escape", "question_mark")
-            assert "name in [keys]" in screen.text.replace("\n", " ") or "name in" in screen.text
+            assert "esc leaves, j and k scroll" in screen.text
             await screen.press("escape")
 
     play(script, folder, size=NARROW)

@@ -18,25 +18,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual import work
+from textual import events, work
 from textual.app import App
 from textual.binding import Binding, BindingType
-from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.command import CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.dom import DOMNode
 from textual.worker import Worker, WorkerState
 
 from editctl.errors import EditctlError
+from editctl.spec import visible
 from editctl.tui import children, desk
 from editctl.tui.asker import Asked, Asker, Reply
 from editctl.tui.course import Course
 from editctl.tui.desk import Past, Specs
-from editctl.tui.dialogs import Question, Viewer, plain
+from editctl.tui.dialogs import Question, Viewer
 from editctl.tui.help import help_of
-from editctl.tui.place import PLACES, Place
+from editctl.tui.place import PLACES, Place, plain
 from editctl.tui.rows import WIDE
 from editctl.tui.runner import Run, Runner
 
 if TYPE_CHECKING:
+    from textual.notifications import SeverityLevel
+
     from editctl.engine.cost import Expected
     from editctl.plan import Plan
     from editctl.store import Operation, Store
@@ -77,8 +80,10 @@ class Actions(Provider):
             category = binding.id.partition(".")[0] if "." in binding.id else "view"
             what = binding.tooltip or binding.description
             why = node.obstacle(binding.action) if isinstance(node, Place) else ""
-            key = self.app.get_key_display(binding)
-            yield (f"{category}: {what}", f"{key}  {why}".strip(), partial(self.app.run_action, binding.action, node))
+            more = f"{self.app.get_key_display(binding)}  {visible(why, 500)}".strip()
+            # The palette reads markup, of which a backslash before each bracket leaves nothing.
+            more = more.replace("[", "\\[")
+            yield (f"{category}: {what}", more, partial(self.app.run_action, binding.action, node))
 
     async def discover(self) -> Hits:
         """Everything, before anything is typed."""
@@ -93,11 +98,20 @@ class Actions(Provider):
                 yield Hit(score, matcher.highlight(name), run, help=more)
 
 
+class Palette(CommandPalette):
+    """Textual's palette, which a key that comes before its list is laid out does not end."""
+
+    def _action_command_list(self, action: str) -> None:
+        with suppress(KeyError):
+            super()._action_command_list(action)
+
+
 class EditctlApp(App[None]):
     """The terminal UI of a workspace."""
 
     TITLE = "editctl"
-    CSS_PATH = "app.tcss"
+    # All at once: a style sheet that comes later makes everything be styled anew, 30 ms in the middle of a run.
+    CSS_PATH: ClassVar[list[str]] = ["app.tcss", *(f"{n}.tcss" for n in ("run", "review", "history", "ask", "form"))]  # type: ignore[assignment]
     # Each place's module is loaded when it is first shown: the first paint needs one of them.
     MODES: ClassVar[dict[str, Callable[[], Place]]] = {  # type: ignore[assignment]
         name: partial(lambda name: place_class(name)(), name) for name in PLACES
@@ -185,7 +199,8 @@ class EditctlApp(App[None]):
 
     @work(group="load", thread=True)
     def _load_places(self) -> None:
-        """So that the first visit of a place need not wait for its module."""
+        """So that the first visit of a place need not wait for its module and what that prints with."""
+        import_module("editctl.report")
         for name in PLACES:
             place_class(name)
 
@@ -205,7 +220,12 @@ class EditctlApp(App[None]):
                 past = Past(stamp=store_stamp, read=True)
         if past is not self.past or specs_stamp != self._specs_stamp:
             self._specs_stamp = specs_stamp
-            self.specs = await asyncio.to_thread(self._read_specs, past)
+            try:
+                self.specs = await asyncio.to_thread(self._read_specs, past)
+            except EditctlError as error:
+                # A record of a live edit is damaged; the specs can be read all the same.
+                trouble = f"{error.message}; {error.hint}"
+                self.specs = await asyncio.to_thread(self._read_specs, Past())
             self.past, self.trouble = past, trouble or ""
             self.staged &= self.specs.stageable
             self.plan_again()
@@ -350,6 +370,11 @@ class EditctlApp(App[None]):
         """Say what the place is for and what its keys do."""
         self.push_screen(Viewer("Keys", help_of(self.screen, self.get_key_display)))
 
+    def action_command_palette(self) -> None:
+        """Everything that can be done, by name."""
+        if not CommandPalette.is_open(self):  # type: ignore[arg-type]
+            self.push_screen(Palette(id="--command-palette"))
+
     def action_undo(self) -> None:
         """Take back the last operation."""
         self.change("undo", lambda store: store.undo("editctl tui: undo"), "ctrl+r brings it back")
@@ -370,6 +395,18 @@ class EditctlApp(App[None]):
         self.exit()
 
     # Doing
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """Say something for a while, literally: what it quotes may come from anywhere."""
+        super().notify(plain(message).plain, title=title, severity=severity, timeout=timeout, markup=False)
 
     @work(group="change", exit_on_error=False)
     async def change(self, verb: str, move: Callable[[Store], Operation], back: str = "u takes it back") -> None:
@@ -437,6 +474,12 @@ class EditctlApp(App[None]):
     def read(self, title: str, body: object) -> None:
         """Show something to read."""
         self.push_screen(Viewer(title, plain(body) if isinstance(body, str) else body))
+
+    async def on_event(self, event: events.Event) -> None:
+        """Text that is pasted has no place for what acts on terminals."""
+        if isinstance(event, events.Paste):
+            event.text = "".join(c for c in event.text if c.isprintable() or c == "\n")
+        await super().on_event(event)
 
     async def on_unmount(self) -> None:
         """No child outlives the UI."""

@@ -133,7 +133,6 @@ class AskPlace(Place):
     """One prompt, several versions."""
 
     NAME = "ask"
-    CSS_PATH = "ask.tcss"
     CHANGES = frozenset({"save"})
     AUTO_FOCUS = "#prompt"
     ABOUT = (

@@ -46,7 +46,9 @@ class Asker:
             told: called when `doing` changes.
         """
         self._launch, self._arguments, self._logs, self._told = launch, arguments, logs, told
-        self._child: Child | None = None
+        self._child: asyncio.Future[Child] | None = None
+        self._ready = False
+        """Whether the child has the model loaded."""
         self._one = asyncio.Lock()
         self._number = 0
         self.doing = ""
@@ -61,19 +63,15 @@ class Asker:
         async with self._one:
             try:
                 return await self._ask(ref, prompts, top)
-            except asyncio.CancelledError:
-                # What it would still say belongs to nobody.
-                self._drop()
-                raise
             finally:
                 self._say("")
 
     async def _ask(self, ref: str, prompts: Sequence[Asked], top: int) -> tuple[str, list[Reply]]:
-        self._say("asking" if self._child else "loading the model")
+        self._say("asking" if self._ready else "loading the model")
         if self._child is None:
-            log = await asyncio.to_thread(log_file, self._logs, "ask")
-            self._child = await self._launch(self._arguments, log)
-        child = self._child
+            self._child = asyncio.ensure_future(self._start())
+        # Who stops waiting leaves the child to the next; replies to what was asked before are passed over.
+        child = await asyncio.shield(self._child)
         self._number += 1
         wanted = [{"prompt": asked.prompt, "wanted": list(asked.wanted)} for asked in prompts]
         await child.send(json.dumps({"id": self._number, "ref": ref, "prompts": wanted, "top": top}))
@@ -83,12 +81,13 @@ class Asker:
             except ValueError:
                 continue
             if said.get("type") == "ready":
+                self._ready = True
                 self._say("asking")
             if said.get("type") == "error" and said.get("id") in (self._number, None):
                 raise EditctlError(str(said["message"]), str(said.get("hint", "")))
             if said.get("type") == "answers" and said.get("id") == self._number:
                 return said["version"], [_reply(answer) for answer in said["answers"]]
-        self._child = None
+        self._child, self._ready = None, False
         code = await child.wait()
         message = errors_of(child.log) or f"the model's process ended with code {code}"
         raise EditctlError(message.removeprefix("error: "), f"all it said is in {child.log}")
@@ -98,15 +97,14 @@ class Asker:
             self.doing = doing
             self._told()
 
-    def _drop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+    async def _start(self) -> Child:
+        return await self._launch(self._arguments, await asyncio.to_thread(log_file, self._logs, "ask"))
 
     async def stop(self) -> None:
         """Give back the memory that the model takes."""
-        child, self._child = self._child, None
-        if child is not None:
+        starting, self._child, self._ready = self._child, None, False
+        if starting is not None:
+            child = await starting
             child.kill()
             await child.wait()
 

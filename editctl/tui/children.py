@@ -88,7 +88,11 @@ class Process:
 
     async def wait(self) -> int:
         """As of `Child`."""
-        return await self._process.wait()
+        code = await self._process.wait()
+        if self._process.stdin is not None:
+            # Else the pipe is closed by the garbage collector, which may come after the loop.
+            self._process.stdin.close()
+        return code
 
 
 async def launch(arguments: Sequence[str], log: Path) -> Child:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -18,14 +17,8 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Static
 
-from editctl.spec import visible
-from editctl.tui.place import Pane
+from editctl.tui.place import Pane, plain
 from editctl.tui.rows import Column, Finder, RowList
-
-
-def plain(text: str) -> Text:
-    """Text that is shown literally."""
-    return Text("\n".join(visible(line, 10_000) for line in text.splitlines()))
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,12 @@ class Line(ModalScreen[str | None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "leave", id="line.leave")]
 
     def __init__(self, title: str, placeholder: str = "", value: str = "") -> None:
+        """
+        Args:
+            value: what is proposed; nothing is, where an input could not show it as it is.
+        """
         super().__init__()
-        self._title, self._placeholder, self._value = title, placeholder, value
+        self._title, self._placeholder, self._value = title, placeholder, value if value.isprintable() else ""
 
     def compose(self) -> ComposeResult:
         """The title and the line."""

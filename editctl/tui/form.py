@@ -248,23 +248,6 @@ class _Line(Input):
 class EditForm(ModalScreen[bool]):
     """An edit to be changed or made; answers whether something was saved."""
 
-    DEFAULT_CSS = """
-    EditForm {
-        .form { width: 96%; max-width: 130; height: 96%; border: round $primary; background: $surface; padding: 0 1; }
-        .title { text-style: bold; height: 1; }
-        #preview { height: auto; max-height: 2; margin: 0 0 1 0; }
-        #fields { height: 1fr; scrollbar-size-vertical: 1; }
-        .row { height: auto; }
-        .label { width: 15; height: auto; color: $text-muted; }
-        .row.-warn .label { color: $text-warning; }
-        .row.-bad .label { color: $text-error; text-style: bold; }
-        .row:focus-within .label { text-style: reverse; }
-        .row Input { width: 1fr; border: none; background: $boost; }
-        .row TextArea { width: 1fr; height: auto; min-height: 2; max-height: 6; background: $boost; padding: 0; }
-        #told { height: 6; border-top: hkey $panel; }
-        &.-narrow .form { width: 100%; height: 100%; border: none; }
-    }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "save", "save", id="form.save", tooltip="Save the edit to its file"),
         Binding("escape", "leave", "leave", id="form.leave", tooltip="Leave the form; unsaved changes are asked about"),

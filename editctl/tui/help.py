@@ -19,8 +19,9 @@ from editctl.tui.place import Place
 def help_of(screen: Screen[object], display: Callable[[Binding], str]) -> RenderableType:
     """The place in a few sentences, then its keys with the name under which `[keys]` can give each another key."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    for head in ("key", "what it does", "name in [keys]"):
-        table.add_column(head)
+    table.add_column("key", no_wrap=True)
+    table.add_column("what it does", overflow="fold")
+    table.add_column("name in [keys]", no_wrap=True)
     keys: dict[tuple[str, str], list[str]] = {}
     for active in screen.active_bindings.values():
         binding = active.binding

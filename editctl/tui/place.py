@@ -12,20 +12,25 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import ActiveBinding, Binding, BindingType
 from textual.containers import Container, VerticalScroll
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
 from editctl.spec import visible
-from editctl.tui.rows import Finder
+from editctl.tui.rows import WIDE, Finder
 
 if TYPE_CHECKING:
     from editctl.tui.app import EditctlApp
 
 PLACES = {"specs": "Specs", "plan": "Plan", "run": "Run", "review": "Review", "history": "History", "ask": "Ask"}
 """The places in the order of their keys, 1 to 6."""
+
+
+def plain(text: str) -> Text:
+    """Text that is shown literally."""
+    return Text("\n".join(visible(line, 10_000) for line in text.splitlines()))
 
 
 class PlaceBar(Widget):
@@ -61,7 +66,9 @@ class PlaceBar(Widget):
 class StatusBar(Widget):
     """What is going on, here and in other processes."""
 
-    DEFAULT_CSS = "StatusBar { height: 1; color: $text-muted; padding: 0 1; }"
+    DEFAULT_CSS = (
+        "StatusBar { height: 1; color: $text-muted; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }"
+    )
 
     def render(self) -> Text:
         """One line."""
@@ -79,16 +86,15 @@ class KeyBar(Widget):
         """Follow the bindings."""
         self.screen.bindings_updated_signal.subscribe(self, lambda _: self.refresh())
 
-    def _shown(self) -> list[tuple[str, str, str, bool]]:
-        """Key, how it is written, what it does, whether it can be used; the last two of the line always fit."""
-        found: dict[str, tuple[str, str, str, bool]] = {}
+    def _shown(self) -> list[tuple[ActiveBinding, str, str]]:
+        """Bindings, how their keys are written, what they do; that for help always fits."""
+        found: dict[str, tuple[ActiveBinding, str, str]] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
             if binding.show:
-                shown = self.app.get_key_display(binding)
-                found.setdefault(binding.action, (binding.key, shown, binding.description, active.enabled))
-        always = [entry for entry in found.values() if entry[0] in ("question_mark", "ctrl+p")]
-        room = self.size.width - sum(len(shown) + len(what) + 2 for _, shown, what, _ in always)
+                found.setdefault(binding.action, (active, self.app.get_key_display(binding), binding.description))
+        always = [entry for action, entry in found.items() if action == "help"]
+        room = self.size.width - sum(len(shown) + len(what) + 2 for _, shown, what in always)
         fitting = []
         for entry in found.values():
             size = len(entry[1]) + len(entry[2]) + 2
@@ -100,17 +106,18 @@ class KeyBar(Widget):
     def render(self) -> Text:
         """One line."""
         text = Text(no_wrap=True)
-        for _, shown, what, enabled in self._shown():
+        for active, shown, what in self._shown():
+            enabled = active.enabled
             text.append(shown, "bold" if enabled else "dim").append(f" {what}", "" if enabled else "dim").append(" ")
         return text
 
-    def on_click(self, event: events.Click) -> None:
-        """Do what the key under the mouse does."""
+    async def on_click(self, event: events.Click) -> None:
+        """Do what the key under the mouse does, whatever has the focus."""
         at = 0
-        for key, shown, what, _ in self._shown():
+        for active, shown, what in self._shown():
             at += len(shown) + len(what) + 2
             if event.x < at:
-                self.app.simulate_key(key)
+                await self.app.run_action(active.binding.action, active.node)
                 return
 
 
@@ -132,9 +139,9 @@ class Pane(VerticalScroll):
         yield self._content
 
     def show(self, content: object) -> None:
-        """Show something that Rich can print; strings are no markup."""
+        """Show something that Rich can print; strings are shown literally."""
         self._key = None
-        self._content.update(Text(content) if isinstance(content, str) else content)  # type: ignore[arg-type]
+        self._content.update(plain(content) if isinstance(content, str) else content)  # type: ignore[arg-type]
 
     def show_once(self, about: object, state: object, make: Callable[[], object]) -> None:
         """Show what `make` gives, unless that is what was shown last: laying a long table out takes as long as a paint.
@@ -171,6 +178,9 @@ class Place(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """The bars, and what the place is about between them."""
+        # Before there is anything to be styled anew.
+        wide = self.app.size.width >= WIDE
+        self.set_class(wide, "-wide").set_class(not wide, "-narrow")
         yield PlaceBar()
         yield StatusBar()
         with Container(id="body"):
@@ -189,7 +199,9 @@ class Place(Screen[None]):
         return ""
 
     def obstacle(self, action: str) -> str:
-        """`why_not`, and what stands in the way of all changes."""
+        """`why_not`, and what stands in the way of all changes, or of all actions."""
+        if not self._mounted:
+            return "the place is just being opened"
         if action in self.CHANGES and self.desk.readonly:
             return "opened with --readonly: nothing can be changed"
         return self.why_not(action)

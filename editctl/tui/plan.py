@@ -20,6 +20,7 @@ from editctl.errors import EditctlError
 from editctl.metrics.edits import NAMES, questions, says
 from editctl.metrics.edits import Question as Asking
 from editctl.metrics.values import LOCALITY, REWRITE
+from editctl.plan import count
 from editctl.spec import visible
 from editctl.tui import desk
 from editctl.tui.asker import Asked, Reply
@@ -27,7 +28,7 @@ from editctl.tui.course import SHARES, Course
 from editctl.tui.desk import Item
 from editctl.tui.dialogs import Line, Question
 from editctl.tui.place import Pane, Place
-from editctl.tui.rows import Column, Finder, RowList
+from editctl.tui.rows import WIDE, Column, Finder, RowList
 from editctl.tui.specs import mark
 
 AT_ONCE = 64
@@ -45,7 +46,6 @@ class PlanPlace(Place):
     """What would be done."""
 
     NAME = "plan"
-    CSS_PATH = "plan.tcss"
     CHANGES = frozenset({"apply"})
     ABOUT = (
         "What would be done: + add, ~ replace, ? measure again, - drop. Only what is staged (●) is in the plan. Beside "
@@ -88,8 +88,10 @@ class PlanPlace(Place):
         return rows.chosen
 
     def on_screen_resume(self) -> None:
-        """Begin with what is staged."""
+        """Begin with what is staged; what could not be asked is asked again."""
         self._begins = True
+        if self._trouble:
+            self._wanted = None
 
     def renew(self) -> None:
         """The actions as they are now; what is staged comes first."""
@@ -138,7 +140,7 @@ class PlanPlace(Place):
                 self._said |= {(head, asked.prompt, asked.wanted): reply for asked, reply in found}
                 self.update()
         except EditctlError as error:
-            self._trouble, self._wanted = f"{error.message}\n{error.hint}", None
+            self._trouble = f"{error.message}\n{error.hint}"
             self.update()
 
     def said(self, item: Item, question: Asking) -> Reply | None:
@@ -161,27 +163,33 @@ class PlanPlace(Place):
         self.refresh_bindings()
 
     def _body(self) -> RenderableType:
+        planned, item, wide = self.desk.planned, self.chosen, self.app.size.width >= WIDE
         parts: list[RenderableType] = []
-        planned, item = self.desk.planned, self.chosen
+        space = [Text()] if wide else []
+        wrong = self.desk.specs.count(desk.INVALID, desk.CONFLICT)
+        if wrong:
+            parts.append(Text(f"{count(wrong, 'edit')} with problems cannot be planned: Specs (1) shows them", "red"))
         if planned.error is not None:
             from editctl.report import problem_lines
 
             parts += [problem_lines(planned.error), Text()]
         elif planned.plan is not None:
-            from editctl.report import expected_line, plan_summary
+            from editctl.report import expected_line
 
-            parts.append(plan_summary(planned.plan))
-            parts += [expected_line(planned.expected)] if planned.expected else []
-            parts.append(Text())
+            lines = [Text(planned.plan.summary(), "bold")]
+            lines += [expected_line(planned.expected)] if planned.expected else []
+            for line in lines:
+                line.no_wrap, line.overflow = not wide, "ellipsis"
+            parts += [*lines, *space]
         elif not self.desk.staged and self.desk.specs.stageable:
-            parts += [Text("Nothing is staged: space stages an edit, a stages all.", "yellow"), Text()]
+            parts += [Text("Nothing is staged: space stages an edit, a stages all.", "yellow"), *space]
         if item is not None:
-            parts.append(self._item_view(item))
+            parts.append(self._item_view(item, wide))
         return Group(*parts)
 
-    def _item_view(self, item: Item) -> RenderableType:
+    def _item_view(self, item: Item, wide: bool) -> RenderableType:
         edit = item.edit
-        head = Text(f"{_glyph(item)} {visible(edit.id, 200)}", "bold")
+        head = Text().append(f"{_glyph(item)} {visible(edit.id, 200)}", "bold")
         if item.reason:
             head.append(f"  {visible(item.reason, 500)}", "yellow")
         table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
@@ -204,7 +212,8 @@ class PlanPlace(Place):
             chances = dict(zip(_wanted(item, question), reply.probabilities, strict=False)) if reply else {}
             cells = [f"{100 * chances[t]:.1f} %" if t in chances else "-" for t in (new, old)]
             table.add_row(Text("  " + visible(question.prompt, 400)), words, *cells)
-        parts: list[RenderableType] = [head, Text(_fact(item), "dim"), Text(), table]
+        fact = [Text(_fact(item), "dim"), Text()] if wide else []
+        parts: list[RenderableType] = [head, *fact, table]
         if self._trouble:
             parts += [Text(), Text("\n".join(visible(line, 1000) for line in self._trouble.splitlines()), "red")]
         elif item.key not in self.desk.staged:

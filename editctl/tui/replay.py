@@ -19,8 +19,7 @@ from editctl import events
 from editctl.events import Event
 from editctl.spec import visible
 from editctl.tui.course import SHARES, Course
-from editctl.tui.dialogs import plain
-from editctl.tui.place import Pane
+from editctl.tui.place import Pane, plain
 from editctl.tui.plan import course_of
 from editctl.tui.run import RunPanel
 

@@ -137,7 +137,6 @@ class ReviewPlace(Place):
     """Before and after of every edit of a version."""
 
     NAME = "review"
-    CSS_PATH = "review.tcss"
     CHANGES = frozenset({"carry_out", "accept_version", "reject_version", "replay"})
     ABOUT = (
         "What a version changed: for every edit what the model said before and says now. a and r mark edits (✓ good, "
@@ -345,7 +344,7 @@ class ReviewPlace(Place):
         """An edit with all that was asked about it."""
         from editctl.report import review_line
 
-        text = Text(visible(row.edit, 200), "bold")
+        text = Text().append(visible(row.edit, 200), "bold")
         if mark := self.marks.get(row.edit):
             text.append(f"  {GLYPHS[mark]} to {mark}", "green" if mark == ACCEPT else "red")
         text.append("\n")

@@ -35,15 +35,6 @@ A run edits the model as the plan says and makes a version.
 class RunPanel(Vertical):
     """A run: its numbers, its loss, its talk."""
 
-    DEFAULT_CSS = """
-    RunPanel {
-        #facts { height: auto; padding: 0 1; }
-        #loss-title { height: 1; padding: 0 1; color: $text-muted; }
-        #loss { height: 3; margin: 0 1; }
-        #talk { height: 1fr; padding: 0 1; border-top: hkey $panel; }
-    }
-    """
-
     def __init__(self) -> None:
         super().__init__()
         self._facts, self._title = Static(id="facts", markup=False), Static(id="loss-title", markup=False)
@@ -95,14 +86,14 @@ def facts_view(course: Course, title: str, elapsed: float | None, left: float | 
         if value:
             table.add_row(name, Text(visible(value, 500)))
     bar = ProgressBar(100, 100 * course.fraction, width=max(min(width, 76), 10))
-    return Group(table, bar)
+    # The bar ends no line by itself, and what has no line has no height.
+    return Group(table, bar, Text())
 
 
 class RunPlace(Place):
     """The run that goes on, or the last one."""
 
     NAME = "run"
-    CSS_PATH = "run.tcss"
     AUTO_FOCUS = "#talk"
     ABOUT = (
         "The run that goes on, or the last one. It works in a process of its own and goes on whatever place is shown. "

@@ -48,7 +48,6 @@ class SpecsPlace(Place):
     """All edits of all spec files."""
 
     NAME = "specs"
-    CSS_PATH = "specs.tcss"
     CHANGES = frozenset({"new", "change", "delete"})
     ABOUT = (
         "All edits of all spec files, as the files are now: changes made elsewhere appear by themselves. + is new, "
@@ -74,7 +73,7 @@ class SpecsPlace(Place):
             Column("subject", lambda item: (item.edit.subject or "-", "plain"), share=4),
             Column("relation", lambda item: (item.edit.relation or "-", "dim"), share=5),
             Column("new target", lambda item: (item.edit.target_new or "-", "plain"), share=3),
-            Column("file", lambda item: (Path(item.edit.file).name or "-", "dim"), share=3),
+            Column("file", lambda item: (Path(item.edit.file).stem or "-", "dim"), share=3),
         ]
         rows = RowList(columns, "reading …", lambda item: item.key, id="items")
         yield Finder(rows, lambda item: item.text, classes="list")

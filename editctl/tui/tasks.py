@@ -21,8 +21,8 @@ from textual.widgets import Static
 
 from editctl.errors import Exit
 from editctl.spec import visible
-from editctl.tui.dialogs import Question, plain
-from editctl.tui.place import Pane
+from editctl.tui.dialogs import Question
+from editctl.tui.place import Pane, plain
 from editctl.tui.runner import BURST, GRACE
 
 if TYPE_CHECKING:
