@@ -194,7 +194,7 @@ def version_view(
     Args:
         edits: how many are live in it.
         footprint: number and bytes of its factor files, and the kinds of update in them.
-        rows: answers shown of each kind; None shows all.
+        rows: answers shown of each kind; None shows all, 0 none and nothing about them.
         reviews: what was accepted and rejected of it.
     """
     head = Table(box=None, pad_edge=False, show_header=False)
@@ -229,6 +229,8 @@ def version_view(
     elif version.gates:
         passed = ", ".join(f"{name} {wanted:g}" for name, wanted in version.gates.items())
         head.add_row("gates", Text(safe(f"passed: {passed}"), "green"))
+    if rows == 0:
+        return Group(head, Text(), metrics_view(metrics))
     parts: list[RenderableType] = [head, Text(), answers_view(answers, rows), Text()]
     missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
@@ -318,7 +320,7 @@ def diff_view(
     """
     # A prompt has one answer at a time; ids may have been given to other facts.
     old, new = ({edit.prompt: edit for edit in side.values()} for side in edits)
-    lines = Text(f"{safe(names[0])} → {safe(names[1])}\n", "bold")
+    lines = Text().append(f"{safe(names[0])} → {safe(names[1])}\n", "bold")
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name), new.get(name)
         if now is None and was is not None:

@@ -69,7 +69,16 @@ def test_validating_and_helping_load_nothing_heavy_at_all(arguments: tuple[str, 
     assert loaded_by(running(*arguments), tmp_path) & HEAVY == set()
 
 
-@pytest.mark.parametrize("room", ["spec", "plan", "events", "errors"])
+def test_the_terminal_ui_loads_no_torch_and_nothing_of_the_store_before_its_first_paint(tmp_path: Path) -> None:
+    """The app and the first place; then, with every place and key it has, still no torch."""
+    first = "from editctl.tui.app import EditctlApp, place_class\nfrom editctl.workspace import Workspace\n"
+    first += "EditctlApp(Workspace(store=None, config=None))\nplace_class('specs')()\n"
+    assert loaded_by(first, tmp_path) & {"torch", "transformers", "sqlite_utils", "pandas"} == set()
+    rest = first + "import editctl.tui.keys, editctl.report\nlist(editctl.tui.keys.known())\n"
+    assert loaded_by(rest, tmp_path) & {"torch", "transformers", "pandas"} == set()
+
+
+@pytest.mark.parametrize("room", ["spec", "amend", "plan", "events", "errors"])
 def test_the_pure_rooms_load_only_the_standard_library_pydantic_and_toml(room: str, tmp_path: Path) -> None:
     """They are what the terminal screens and every importer share."""
     allowed = {"editctl", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}

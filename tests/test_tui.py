@@ -415,3 +415,140 @@ def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> N
             await screen.press("escape")
 
     play(script, folder, size=NARROW)
+
+
+def test_everything_that_has_a_key_has_a_name_a_palette_entry_and_no_key_that_terminals_mix_up(folder: Path) -> None:
+    """In every place; two actions of one place never share a key."""
+    from editctl.tui.app import Actions
+    from editctl.tui.keys import SAME, known
+
+    bindings = list(known())
+    assert len(bindings) > 60
+    for where, binding in bindings:
+        keys = binding.key.split(",")
+        assert binding.tooltip or binding.description, (where, binding)
+        assert not set(keys) & set(SAME), (where, binding)
+
+    async def script(screen: Screen) -> None:
+        for number in range(1, 7):
+            await screen.press("escape", str(number))
+            await screen.press("escape")
+            names = [name for name, _, _ in Actions(screen.app.screen)._found()]
+            place = screen.app.screen
+            own = {b.tooltip for b in type(place).BINDINGS if b.id and b.id != "leave"}
+            assert {f"{what}" for what in own} <= {name.partition(": ")[2] for name in names}
+            assert all(": " in name for name in names)
+
+    play(script, folder)
+
+
+def test_a_key_given_in_the_configuration_replaces_the_usual_one(folder: Path) -> None:
+    """In the place, in the key bar, and in what ? says."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("space")
+        assert not screen.app.staged
+        await screen.press("z")
+        assert screen.app.staged == {"whale"}
+        assert "z stage" in screen.lines[-1]
+        await screen.press("escape", "f2")
+        assert screen.place == "plan"
+
+    (folder / "editctl.toml").write_text('theme = "nord"\n[keys]\n"specs.stage" = "z"\n"go.plan" = "f2"\n')
+    play(script, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[keys]\n\n"specs.stag" = "z"', "editctl.toml:3: there is no key specs.stag"),
+        ('[keys]\n"specs.stage" = "ctrl+m"', "editctl.toml:2: terminals send ctrl+m as return"),
+        ('[keys]\n"specs.stage" = "n"', "editctl.toml:2: n would be specs.stage and specs.new in specs"),
+        ('[keys]\n"specs.stage" = ""', "editctl.toml:2: specs.stage has no key"),
+        ('theme = "mauve"', "editctl.toml:1: there is no theme mauve"),
+    ],
+)
+def test_keys_and_themes_that_cannot_be_are_refused_with_their_line(folder: Path, text: str, told: str) -> None:
+    """Before anything is shown; what is right passes."""
+    from editctl.errors import InvalidInput
+    from editctl.tui.keys import check
+    from editctl.workspace import Workspace
+
+    (folder / "editctl.toml").write_text(text + "\n")
+    with pytest.raises(InvalidInput) as caught:
+        check(Workspace(store=None, config=None))
+    assert told in [str(problem) for problem in caught.value.problems]
+    (folder / "editctl.toml").write_text('theme = "nord"\n[keys]\n"specs.stage" = "z,space"\n')
+    check(Workspace(store=None, config=None))
+
+
+def test_the_mouse_does_what_the_keys_do(folder: Path) -> None:
+    """A click on a place, on a row, on a key of the key bar; two on a row open it."""
+
+    async def script(screen: Screen) -> None:
+        pilot = screen.pilot
+        await pilot.click(offset=(screen.lines[0].index("2 Plan"), 0))
+        await screen.settle()
+        assert screen.place == "plan"
+        await pilot.click(offset=(screen.lines[0].index("1 Specs"), 0))
+        await screen.settle()
+        row = next(y for y, line in enumerate(screen.lines) if "Big Ben" in line)
+        await pilot.click(offset=(20, row))
+        await pilot.click(offset=(screen.lines[-1].index("space"), len(screen.lines) - 1))
+        await screen.settle()
+        assert screen.app.staged == {"clock"}
+        await pilot.click(offset=(20, row), times=2)
+        await screen.until(lambda: len(screen.app.screen_stack) > 1, "the form")
+
+    play(script, folder)
+
+
+def test_without_colour_everything_is_still_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_COLOR takes every colour away; states have glyphs."""
+
+    async def script(screen: Screen) -> None:
+        await screen.press("space")
+        strips = screen.app.screen._compositor.render_strips()
+        colours = {
+            colour.triplet
+            for strip in strips
+            for segment in strip.apply_filter(screen.app._filters[-1], screen.app.screen.background_colors[1])
+            if segment.style
+            for colour in (segment.style.color, segment.style.bgcolor)
+            if colour is not None and colour.triplet is not None
+        }
+        assert all(red == green == blue for red, green, blue in colours)
+        assert "● + new" in screen.text
+
+    monkeypatch.setenv("NO_COLOR", "1")
+    play(script, folder)
+
+
+def test_the_browser_is_served_on_this_machine_alone(folder: Path) -> None:
+    """The page comes from 127.0.0.1 and there is nothing on the machine's other addresses."""
+    import socket
+    import subprocess
+    import sys
+    import urllib.request
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "editctl", "tui", "--serve", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(200):
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=2) as page:
+                        assert b"editctl" in page.read()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            else:
+                pytest.fail("no page came")
+            addresses = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}
+            for address in addresses - {f"127.0.0.{n}" for n in range(1, 256)} - {"127.0.1.1"}:
+                with pytest.raises(OSError):
+                    socket.create_connection((address, port), timeout=1).close()
+        finally:
+            server.terminate()

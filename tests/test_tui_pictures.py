@@ -180,7 +180,6 @@ def test_a_place_looks_as_its_picture(name: str, size: str, folder: Path) -> Non
     draw, filled = DRAWN[name]
     if not filled:
         shutil.rmtree(folder / "specs")
-        (folder / "specs").mkdir()
     drawn = []
 
     async def script(screen: Screen) -> None:

@@ -26,6 +26,7 @@ from textual.dom import DOMNode
 from textual.worker import Worker, WorkerState
 
 from editctl.errors import EditctlError
+from editctl.plan import count
 from editctl.spec import visible
 from editctl.tui import children, desk
 from editctl.tui.asker import Asked, Asker, Reply
@@ -111,7 +112,9 @@ class EditctlApp(App[None]):
 
     TITLE = "editctl"
     # All at once: a style sheet that comes later makes everything be styled anew, 30 ms in the middle of a run.
-    CSS_PATH: ClassVar[list[str]] = ["app.tcss", *(f"{n}.tcss" for n in ("run", "review", "history", "ask", "form"))]  # type: ignore[assignment]
+    CSS_PATH: ClassVar[list[str]] = [  # type: ignore[assignment]
+        *("app.tcss", "plan.tcss", "run.tcss", "review.tcss", "history.tcss", "ask.tcss", "form.tcss"),
+    ]
     # Each place's module is loaded when it is first shown: the first paint needs one of them.
     MODES: ClassVar[dict[str, Callable[[], Place]]] = {  # type: ignore[assignment]
         name: partial(lambda name: place_class(name)(), name) for name in PLACES
@@ -168,6 +171,7 @@ class EditctlApp(App[None]):
         self._launch, self._logs = launch, logs
         self._shelf: Any = None
         self._specs_stamp: object = None
+        self._looking = self._look_again = False
         self._been: list[str] = []
         if theme := space.config.theme:
             self.theme = theme
@@ -204,9 +208,24 @@ class EditctlApp(App[None]):
         for name in PLACES:
             place_class(name)
 
-    @work(exclusive=True, group="look", exit_on_error=False)
-    async def look(self) -> None:
-        """See whether files or store changed, and read what did."""
+    def look(self) -> None:
+        """See whether files or store changed, and read what did: once more if that is being done."""
+        self._look_again = True
+        if not self._looking:
+            self._looking = True
+            self._look_until_done()
+
+    @work(group="look", exit_on_error=False)
+    async def _look_until_done(self) -> None:
+        # Never two at a time, and none is broken off: what takes longer than a poll would never be read.
+        try:
+            while self._look_again:
+                self._look_again = False
+                await self._look()
+        finally:
+            self._looking = False
+
+    async def _look(self) -> None:
         root = Path(self.space.config.store)
         stamps = (desk.stamp_of_specs, self.spec_paths), (desk.stamp_of_store, root)
         specs_stamp, store_stamp = [await asyncio.to_thread(*one) for one in stamps]
@@ -219,14 +238,13 @@ class EditctlApp(App[None]):
                 trouble = f"{error.message}; {error.hint}"
                 past = Past(stamp=store_stamp, read=True)
         if past is not self.past or specs_stamp != self._specs_stamp:
-            self._specs_stamp = specs_stamp
             try:
                 self.specs = await asyncio.to_thread(self._read_specs, past)
             except EditctlError as error:
                 # A record of a live edit is damaged; the specs can be read all the same.
                 trouble = f"{error.message}; {error.hint}"
                 self.specs = await asyncio.to_thread(self._read_specs, Past())
-            self.past, self.trouble = past, trouble or ""
+            self.past, self.trouble, self._specs_stamp = past, trouble, specs_stamp
             self.staged &= self.specs.stageable
             self.plan_again()
         self.told()
@@ -320,9 +338,10 @@ class EditctlApp(App[None]):
             return f"{self.asker.doing} …", "bold"
         if not self.specs.read:
             return "reading …", ""
-        parts = [f"{len(self.specs.items) - self.specs.count(desk.GONE)} edits in {len(self.specs.files)} files"]
+        declared = len(self.specs.items) - self.specs.count(desk.GONE)
+        parts = [f"{count(declared, 'edit')} in {count(len(self.specs.files), 'file')}"]
         parts += [f"{self.specs.count(state)} {state}" for state in desk.GLYPHS if self.specs.count(state)]
-        parts += [f"{len(self.specs.problems)} problems"] if self.specs.problems else []
+        parts += [count(len(self.specs.problems), "problem")] if self.specs.problems else []
         return " · ".join(parts), ""
 
     # Keys
@@ -383,7 +402,7 @@ class EditctlApp(App[None]):
         """Take back the last undo."""
         self.change("redo", lambda store: store.redo("editctl tui: redo"), "u takes it back")
 
-    @work(group="quit", exclusive=True)
+    @work(group="quit", exclusive=True, exit_on_error=False)
     async def action_quit(self) -> None:  # type: ignore[override]
         """Leave; a run that goes on is asked about."""
         if self.runner.going:

@@ -369,7 +369,7 @@ class AskPlace(Place):
                 self._waiting.remove(ref)
         self.update()
 
-    @work(group="pick", exclusive=True)
+    @work(group="pick", exclusive=True, exit_on_error=False)
     async def action_add(self) -> None:
         """Ask one more version."""
         past = self.desk.past
@@ -406,7 +406,7 @@ class AskPlace(Place):
         self._voices[min(at, len(self._refs) - 1)].focus()
         self.update()
 
-    @work(group="pick", exclusive=True)
+    @work(group="pick", exclusive=True, exit_on_error=False)
     async def action_target(self) -> None:
         """Show how probable an answer is."""
         if self._asked is None:
@@ -430,7 +430,7 @@ class AskPlace(Place):
         answer = self._answers.get(ref)
         return answer.reply.text.strip() if answer and answer.reply else ""
 
-    @work(group="pick", exclusive=True)
+    @work(group="pick", exclusive=True, exit_on_error=False)
     async def action_save(self) -> None:
         """Ask for the edit, the kind and the answer, show what would be written, write it."""
         if self._asked is None:

@@ -485,7 +485,7 @@ class EditForm(ModalScreen[bool]):
         body = Text("\n".join(visible(line, 500) for line in lines))
         return await self.app.push_screen_wait(Question("Save the edit all the same?", body)) is not None
 
-    @work(group="leave", exclusive=True)
+    @work(group="leave", exclusive=True, exit_on_error=False)
     async def action_leave(self) -> None:
         """Out of the form; what was written and not saved is asked about."""
         if self._saving:

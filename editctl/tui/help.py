@@ -21,10 +21,11 @@ def help_of(screen: Screen[object], display: Callable[[Binding], str]) -> Render
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     table.add_column("key", no_wrap=True)
     table.add_column("what it does", overflow="fold")
-    table.add_column("name in [keys]", no_wrap=True)
+    table.add_column(Text("name in [keys]"), no_wrap=True)
     keys: dict[tuple[str, str], list[str]] = {}
-    for active in screen.active_bindings.values():
-        binding = active.binding
+    # What is had in every list comes after what is had here.
+    found = sorted((active.binding for active in screen.active_bindings.values()), key=_common)
+    for binding in found:
         if binding.id and not binding.system:
             what = binding.tooltip or binding.description
             keys.setdefault((what, binding.id), []).append(display(binding))
@@ -32,3 +33,7 @@ def help_of(screen: Screen[object], display: Callable[[Binding], str]) -> Render
         table.add_row(Text(" ".join(dict.fromkeys(shown)), "bold"), Text(what), Text(name, "dim"))
     about = screen.ABOUT if isinstance(screen, Place) else ""
     return Group(Text(about), Text(), table)
+
+
+def _common(binding: Binding) -> bool:
+    return (binding.id or "").startswith(("list.", "pane."))

@@ -41,8 +41,6 @@ BASE = "base"
 """What the unedited model is called in refs."""
 WAIT = 0.05
 """Seconds that a row must be chosen before its version is read; who runs through a list reads nothing."""
-ANSWERS = 20
-"""Answers shown of each kind of a version."""
 MARK = "●"
 """Stands before the version that others are compared with."""
 FORMATS = (
@@ -382,7 +380,7 @@ class HistoryPlace(Place):
 
     # Changing
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_go_back(self) -> None:
         """Move the head, after a question."""
         ref, head = self._target
@@ -393,7 +391,7 @@ class HistoryPlace(Place):
             return
         self.desk.change("go back", lambda store: store.restore(ref, f"editctl tui: restore {ref}"))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_alias(self) -> None:
         """Give the version a name."""
         ref = self.version_id or BASE
@@ -401,7 +399,7 @@ class HistoryPlace(Place):
         if name is not None:
             self.desk.change("alias", lambda store: store.set_alias(name, ref, f"editctl tui: alias {name} {ref}"))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_unalias(self) -> None:
         """Remove a name."""
         choices = [(name, version or BASE) for name, version in self._aliases.items()]
@@ -409,7 +407,7 @@ class HistoryPlace(Place):
         if name is not None:
             self.desk.change("alias", lambda store: store.set_alias(name, None, f"editctl tui: alias --delete {name}"))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_squash(self) -> None:
         """Fold what came after the version into one solve."""
         head, ref = self._lists.past.head, self.version_id or BASE
@@ -427,7 +425,7 @@ class HistoryPlace(Place):
         course.shares = {**course.shares, **head.seconds}
         self.desk.carry_out("squash", course, arguments, "squash")
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_export(self) -> None:
         """Write the version into a folder."""
         ref = self.version_id or BASE
@@ -449,14 +447,14 @@ class HistoryPlace(Place):
         arguments = self.desk.space.arguments("verify", model=True)
         self.app.push_screen(Task("Check the store and rebuild every version", "verify", arguments))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_gc(self) -> None:
         """Remove files that no version refers to."""
         body = "Interrupted runs leave some. Versions, operations and all they refer to stay."
         if await self.app.push_screen_wait(Question("Remove files that no version refers to?", body)) is not None:
             self.app.push_screen(Task("Remove left-over files", "gc", self.desk.space.arguments("gc")))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_backup(self) -> None:
         """Copy the store."""
         folder = await self.app.push_screen_wait(Line("Copy the store into which folder?", "for example ../backup"))
@@ -470,7 +468,7 @@ class HistoryPlace(Place):
         arguments = self.desk.space.arguments("measure", ref, "--json", model=True)
         self.app.push_screen(Task(f"Ask version {ref} all its prompts again", "measure", arguments, measured_view))
 
-    @work(group="question", exclusive=True)
+    @work(group="question", exclusive=True, exit_on_error=False)
     async def action_take(self) -> None:
         """Take over what was exported elsewhere."""
         folder = await self.app.push_screen_wait(Line("Import from which folder?", "made by export, format delta"))
@@ -568,7 +566,7 @@ def measured_view(lines: Sequence[str]) -> RenderableType:
 def _in_full(store: Store, version: Version) -> object:
     from editctl.cli_run import version_report
 
-    return version_report(store, version, rows=ANSWERS)
+    return version_report(store, version, rows=0)
 
 
 def _compared(store: Store, old: Version | None, new: Version | None) -> object:

@@ -46,7 +46,7 @@ class PlanPlace(Place):
     """What would be done."""
 
     NAME = "plan"
-    CHANGES = frozenset({"apply"})
+    CHANGES = frozenset({"apply", "save"})
     ABOUT = (
         "What would be done: + add, ~ replace, ? measure again, - drop. Only what is staged (●) is in the plan. Beside "
         "it what the model says now to every prompt of the edit, and how probable the new and the old target are."
@@ -99,10 +99,9 @@ class PlanPlace(Place):
         staged = self.desk.staged
         pending = [item for item in self.desk.specs.items if item.stageable]
         pending.sort(key=lambda item: item.key not in staged)
-        if self.desk.specs.read:
-            finder.empty = NOTHING
-        if list(finder.items) != pending:
-            finder.show(pending)
+        empty = NOTHING if self.desk.specs.read else finder.empty
+        if list(finder.items) != pending or finder.empty != empty:
+            finder.show(pending, empty)
         if self._begins and (self.chosen is None or self.chosen.key not in staged):
             finder.rows.move(0)
         self._begins = False
@@ -275,7 +274,7 @@ class PlanPlace(Place):
     async def _opened(self) -> None:
         await self.app.run_action("open", self)
 
-    @work(group="ask", exclusive=True)
+    @work(group="ask", exclusive=True, exit_on_error=False)
     async def action_save(self) -> None:
         """Save the plan as a contract."""
         from pathlib import Path
@@ -293,15 +292,15 @@ class PlanPlace(Place):
         else:
             self.notify(f"Saved the plan to {file}; editctl apply {file} does exactly that.", markup=False)
 
-    @work(group="apply", exclusive=True)
+    @work(group="apply", exclusive=True, exit_on_error=False)
     async def action_apply(self) -> None:
         """Ask, then edit the model."""
-        from editctl.report import expected_line, plan_summary
+        from editctl.report import expected_line
 
         made, expected = self.desk.planned.plan, self.desk.planned.expected
         if made is None:
             return
-        lines = plan_summary(made)
+        lines = Text().append(made.summary(), "bold")
         if expected:
             lines.append("\n").append_text(expected_line(expected))
         consent = await self.app.push_screen_wait(Question("Apply these changes to the model?", lines, note=True))

@@ -458,7 +458,7 @@ class ReviewPlace(Place):
         self.query_one("#edits", RowList).action_first()
         self.update()
 
-    @work(group="pick", exclusive=True)
+    @work(group="pick", exclusive=True, exit_on_error=False)
     async def action_pick(self) -> None:
         """Choose the version."""
         choices = []
@@ -482,7 +482,7 @@ class ReviewPlace(Place):
             body = Group(self._edit_view(page, row), Text(), self._summary(page))
             self.app.push_screen(Viewer(self._fact(row), body))
 
-    @work(group="diff", exclusive=True)
+    @work(group="diff", exclusive=True, exit_on_error=False)
     async def action_diff(self) -> None:
         """What differs from the version below."""
         version = self.version
@@ -495,7 +495,7 @@ class ReviewPlace(Place):
         else:
             self.desk.read(f"What {version.id} changed", body)
 
-    @work(group="review", exclusive=True)
+    @work(group="review", exclusive=True, exit_on_error=False)
     async def action_carry_out(self) -> None:
         """Ask, then record what is good, then take out what is not."""
         version, good, bad = self.version, self.marked(ACCEPT), self.marked(REJECT)
@@ -527,7 +527,7 @@ class ReviewPlace(Place):
             named = [part for edit in bad for part in ("--edit", edit)]
             await self._run(version, bad, note, REJECT, version.id, *named)
 
-    @work(group="review", exclusive=True)
+    @work(group="review", exclusive=True, exit_on_error=False)
     async def action_replay(self) -> None:
         """Ask, then take the edits out and do anew what came after them."""
         version, bad = self.version, self.marked(REJECT)
@@ -541,7 +541,7 @@ class ReviewPlace(Place):
         if note is not None:
             await self._run(version, bad, note, "replay", *bad)
 
-    @work(group="review", exclusive=True)
+    @work(group="review", exclusive=True, exit_on_error=False)
     async def action_accept_version(self) -> None:
         """Ask, then make the candidate the head."""
         version, page = self.version, self._page
@@ -556,7 +556,7 @@ class ReviewPlace(Place):
             shown = f"editctl tui: accept {version.id}"
             self.desk.change(ACCEPT, lambda store: store.accept(version.id, note=note, command=shown))
 
-    @work(group="review", exclusive=True)
+    @work(group="review", exclusive=True, exit_on_error=False)
     async def action_reject_version(self) -> None:
         """Ask, then close the candidate."""
         version = self.version

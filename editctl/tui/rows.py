@@ -123,15 +123,21 @@ class RowList(ScrollView, Generic[T], can_focus=True):
             same = (i for i, item in enumerate(items) if self.key(item) == wanted)
             self.cursor = next(same, min(self.cursor, max(len(items) - 1, 0)))
         self._fit()
-        self.post_message(self.Moved(self))
+        self._tell()
 
     def move(self, to: int) -> None:
         """Choose a row by its position; what lies beyond the ends is the first or last."""
         to = max(0, min(to, len(self.items) - 1))
         if to != self.cursor:
             self.cursor = to
-            self.post_message(self.Moved(self))
+            self._tell()
         self._fit()
+
+    def _tell(self) -> None:
+        message = self.Moved(self)
+        # What a parent seems to send goes no further than that parent, and it is the filter that has rows shown.
+        message.set_sender(self)
+        self.post_message(message)
 
     def _fit(self) -> None:
         """Let what is scrolled to hold the cursor."""
@@ -258,9 +264,14 @@ class Finder(Vertical, Generic[T]):
         yield self._input
         yield self.rows
 
-    def show(self, items: Sequence[T]) -> None:
-        """Take other rows; the filter stays."""
+    def show(self, items: Sequence[T], empty: str | None = None) -> None:
+        """Take other rows; the filter stays.
+
+        Args:
+            empty: what stands there instead of rows from now on; None leaves that.
+        """
         self.items = items
+        self.empty = self.empty if empty is None else empty
         self._sift()
 
     @property

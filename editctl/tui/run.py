@@ -68,7 +68,7 @@ def facts_view(course: Course, title: str, elapsed: float | None, left: float | 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     batch = f", batch {course.batch} of {course.batches}" if course.batch and course.batches else ""
-    units = f", {course.done} of {course.total}" if course.total else ""
+    units = f", {course.done} of {course.total}" if course.total and course.stage not in ("target", "solve") else ""
     steps = f", step {course.step} of at most {course.steps}" if course.stage == "target" and course.step else ""
     layer = f", block {course.layer} written ({course.solved} of {course.layers})" if course.solved else ""
     times = "" if elapsed is None else f"{elapsed:.0f} s so far"
@@ -142,7 +142,7 @@ class RunPlace(Place):
             return "there was no run yet"
         return ""
 
-    @work(group="cancel", exclusive=True)
+    @work(group="cancel", exclusive=True, exit_on_error=False)
     async def action_cancel(self) -> None:
         """Ask, then cancel; without a run back to the place before."""
         if not self.desk.runner.going:
@@ -159,7 +159,7 @@ class RunPlace(Place):
             self.desk.reviewed = run.course.made.version
             await self.desk.action_go("review")
 
-    @work(group="log", exclusive=True)
+    @work(group="log", exclusive=True, exit_on_error=False)
     async def action_log(self) -> None:
         """The log file's end."""
         import asyncio

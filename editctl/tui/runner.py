@@ -110,9 +110,10 @@ class Runner:
         except asyncio.CancelledError:
             child.interrupt()
             await self._ended(child)
+            run.ended, run.code = time.monotonic(), Exit.INTERRUPTED
             raise
         run.ended, run.complaint = time.monotonic(), ""
-        if code not in (Exit.OK, Exit.GATE):
+        if code not in (Exit.OK, Exit.GATE) and not run.cancelled:
             run.complaint = await asyncio.to_thread(errors_of, log)
         run.code, self._child = code, None
         self._told()

@@ -88,11 +88,9 @@ class SpecsPlace(Place):
     def renew(self) -> None:
         """The edits as they are now."""
         finder: Finder[Item] = self.query_one(Finder)
-        if self.desk.specs.read:
-            places = ", ".join(map(str, self.desk.spec_paths))
-            finder.empty = FIRST.format(places)
-        if finder.items is not self.desk.specs.items:
-            finder.show(self.desk.specs.items)
+        empty = FIRST.format(", ".join(map(str, self.desk.spec_paths))) if self.desk.specs.read else finder.empty
+        if finder.items is not self.desk.specs.items or finder.empty != empty:
+            finder.show(self.desk.specs.items, empty)
         finder.rows.refresh()
         self._detail()
 
@@ -138,7 +136,7 @@ class SpecsPlace(Place):
     async def _opened(self) -> None:
         await self.app.run_action("change", self)
 
-    @work(group="form", exclusive=True)
+    @work(group="form", exclusive=True, exit_on_error=False)
     async def action_change(self) -> None:
         """Change the chosen edit."""
         item = self.chosen
@@ -146,7 +144,7 @@ class SpecsPlace(Place):
             await self.app.push_screen_wait(EditForm(item.edit, replacing=item.edit.id))
             self.desk.look()
 
-    @work(group="form", exclusive=True)
+    @work(group="form", exclusive=True, exit_on_error=False)
     async def action_new(self) -> None:
         """Write a new edit, in the chosen edit's file at first."""
         item, files = self.chosen, self.desk.specs.files
@@ -156,7 +154,7 @@ class SpecsPlace(Place):
         await self.app.push_screen_wait(EditForm(Edit(subject="", relation="", target_new="", file=file)))
         self.desk.look()
 
-    @work(group="form", exclusive=True)
+    @work(group="form", exclusive=True, exit_on_error=False)
     async def action_delete(self) -> None:
         """Take the chosen edit out of its file."""
         from editctl import amend

@@ -156,7 +156,7 @@ class Task(ModalScreen[int | None]):
         else:
             pane.scroll_end(animate=False)
 
-    @work(group="leave", exclusive=True)
+    @work(group="leave", exclusive=True, exit_on_error=False)
     async def action_leave(self) -> None:
         """Ask, then cancel; once it has ended, leave."""
         if self.code is None:
