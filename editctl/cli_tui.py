@@ -65,15 +65,26 @@ def _served() -> bool:
 def _serve(port: int) -> None:
     """Serve the UI to browsers on this machine alone; each opens it anew."""
     try:
+        from aiohttp import web
         from textual_serve.server import Server
     except ImportError:
         raise EditctlError("--serve needs textual-serve", 'pip install "editctl[serve]"') from None
+
+    class Own(Server):
+        """Answers its own page alone: a browser lets any site open a socket to this machine."""
+
+        async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
+            names = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+            if request.host not in names or request.headers.get("Origin") not in {f"http://{name}" for name in names}:
+                raise web.HTTPForbidden(text="open the page that editctl serves")
+            return await super().handle_websocket(request)
+
     words = [word for word in sys.argv[1:] if word != "--serve"]
     at = next((i for i, word in enumerate(words) if word == "--port"), None)
     words = words[:at] + words[at + 2 :] if at is not None else [w for w in words if not w.startswith("--port=")]
     command = shlex.join([sys.executable, "-m", "editctl", *words])
     click.echo(f"http://127.0.0.1:{port} (this machine only; from afar: ssh -L {port}:127.0.0.1:{port} HOST)", err=True)
-    Server(command, host="127.0.0.1", port=port, title=f"editctl {Path.cwd().name}").serve()
+    Own(command, host="127.0.0.1", port=port, title=f"editctl {Path.cwd().name}").serve()
 
 
 verbs = (tui,)

@@ -524,12 +524,27 @@ def test_without_colour_everything_is_still_told(folder: Path, monkeypatch: pyte
     play(script, folder)
 
 
-def test_the_browser_is_served_on_this_machine_alone(folder: Path) -> None:
-    """The page comes from 127.0.0.1 and there is nothing on the machine's other addresses."""
+async def first_words(port: int, origin: str) -> bytes:
+    """What a browser's socket gets until the specs are listed; the page it is opened from is `origin`."""
+    import aiohttp
+
+    said = b""
+    where = f"http://127.0.0.1:{port}/ws?width=100&height=30"
+    async with aiohttp.ClientSession() as browser, browser.ws_connect(where, origin=origin) as socket:
+        while b"3 edits in 2 files" not in said:
+            message = await asyncio.wait_for(socket.receive(), 20)
+            said += message.data if isinstance(message.data, bytes) else str(message.data).encode()
+    return said
+
+
+def test_the_browser_is_served_on_this_machine_and_to_its_own_page_alone(folder: Path) -> None:
+    """The page and the UI in it come from 127.0.0.1; no other address answers, and no other site's socket."""
     import socket
     import subprocess
     import sys
     import urllib.request
+
+    import aiohttp
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -537,7 +552,7 @@ def test_the_browser_is_served_on_this_machine_alone(folder: Path) -> None:
     command = [sys.executable, "-m", "editctl", "tui", "--serve", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            for _ in range(200):
+            for _ in range(400):
                 try:
                     with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=2) as page:
                         assert b"editctl" in page.read()
@@ -546,9 +561,13 @@ def test_the_browser_is_served_on_this_machine_alone(folder: Path) -> None:
                     time.sleep(0.05)
             else:
                 pytest.fail("no page came")
+            assert b"Specs" in asyncio.run(first_words(port, f"http://127.0.0.1:{port}"))
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+                asyncio.run(first_words(port, "http://example.org"))
             addresses = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}
-            for address in addresses - {f"127.0.0.{n}" for n in range(1, 256)} - {"127.0.1.1"}:
-                with pytest.raises(OSError):
-                    socket.create_connection((address, port), timeout=1).close()
+            for address in addresses:
+                if not address.startswith("127."):
+                    with pytest.raises(OSError):
+                        socket.create_connection((address, port), timeout=1).close()
         finally:
             server.terminate()
