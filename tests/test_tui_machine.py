@@ -26,12 +26,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from screens import LETTERS, NARROW, WIDE, Screen, opened
 from textual.widgets import Input, TextArea
+from textual.worker import Worker
 
 from editctl.errors import EditctlError
 from editctl.spec import Edit
 from editctl.store import Store
 from editctl.store.care import inspect
 from editctl.tui.app import EditctlApp
+from editctl.tui.dialogs import Question
 from editctl.tui.place import Place, PlaceBar
 from editctl.tui.specs import SpecsPlace
 
@@ -259,7 +261,13 @@ class Session:
     async def rest(self) -> None:
         """Wait for everything that comes to its end by itself."""
         groups = READING if self.held else READING | {"run", "child", "task"}
-        await self.screen.rest(lambda worker: worker.group in groups)
+
+        def ends(worker: Worker[Any]) -> bool:
+            # What saves may have a question, which waits for a key.
+            asked = isinstance(self.screen.app.screen, Question) and worker.group == "save"
+            return worker.group in groups and not asked
+
+        await self.screen.rest(ends)
 
     async def check(self, wait: bool = True) -> None:
         """What is true at any time, and after a run that ended."""
@@ -366,7 +374,8 @@ def session(start: Start, script: list[tuple[str, int]], folder: Path, tally: Ta
         tally.versions += len(engine.store.versions()) - versions
         if start.readonly:
             assert content(folder) == before
-            assert not engine.runs
+            changing = [run for run in engine.runs if not {"verify", "measure"} & set(run)]
+            assert not changing, "verify and measure only read"
 
 
 def explore(examples: int, folder: Path, number: int | None) -> Tally:
