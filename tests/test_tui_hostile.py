@@ -400,6 +400,8 @@ def test_errors_are_told_literally(folder: Path, size: tuple[int, int], monkeypa
         monkeypatch.setattr(screen.app.asker, "ask", refuse)
         asked.clear()
         await walk(screen, "a", "2")
+        await screen.until(lambda: asked)
+        await asyncio.sleep(0.5)
         # Once when the place comes up, once when it is shown.
         assert 1 <= len(asked) <= 2, "what was refused is not asked again and again"
         await walk(screen, "6", "a", "enter")

@@ -363,6 +363,9 @@ def session(start: Start, script: list[tuple[str, int]], folder: Path, tally: Ta
                     await one.end()
                     patch.setattr(EditctlApp, "action_quit", quits)
                     screen.app.action_quit()
+                    await screen.taken()
+                    if isinstance(screen.app.screen, Question):
+                        await screen.tap("y")
                     await screen.until(lambda: not screen.app.is_running, "the end")
                 except Exception as error:
                     error.add_note(one.told())

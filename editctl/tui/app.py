@@ -66,6 +66,10 @@ class Planned:
     plan: Plan | None = None
     expected: Expected | None = None
     error: EditctlError | None = None
+    staged: frozenset[str] = frozenset()
+    """What was staged."""
+    specs: Specs | None = None
+    """What the specs were."""
 
 
 class Actions(Provider):
@@ -158,8 +162,18 @@ class EditctlApp(App[None]):
 
             logs = user_log_path("editctl")
         self.specs, self.past, self.planned = Specs(), Past(), Planned()
-        self.staged: set[str] = set()
-        """Keys of the items that are staged."""
+        self._staged: dict[str, str] = {}
+        """What a person staged: keys of items, and the facts that were meant."""
+        self._changing = False
+        """Whether a file was changed here and is not read again yet."""
+        self.seen = 0
+        """The newest operation that is shown."""
+        self._one_change = asyncio.Lock()
+        self._children: set[children.Child] = set()
+        """What was started beside the run and the asker."""
+        self._faults: set[str] = set()
+        self.arrivals = 0
+        """How often a place was gone to."""
         self.elsewhere = ""
         """Who else is changing the store; empty when nobody is."""
         self.reviewed: str | None = None
@@ -167,7 +181,7 @@ class EditctlApp(App[None]):
         self.trouble = ""
         """Why specs or store could not be read."""
         self.runner = Runner(launch, logs, self.told)
-        self.asker = Asker(launch, space.arguments("ask", "--stdin", model=True), logs, self.told)
+        self.asker = Asker(launch, space.arguments("ask", "--stdin", model=True), logs, self.told, self._run_goes_on)
         self._launch, self._logs = launch, logs
         self._shelf: Any = None
         self._specs_stamp: object = None
@@ -178,6 +192,9 @@ class EditctlApp(App[None]):
         self.set_keymap(space.config.keys)
 
     # What is known
+
+    def _run_goes_on(self) -> bool:
+        return self.runner.going
 
     @property
     def store(self) -> Store:
@@ -208,8 +225,13 @@ class EditctlApp(App[None]):
         for name in PLACES:
             place_class(name)
 
-    def look(self) -> None:
-        """See whether files or store changed, and read what did: once more if that is being done."""
+    def look(self, *, changed: bool = False) -> None:
+        """See whether files or store changed, and read what did: once more if that is being done.
+
+        Args:
+            changed: whether a file was changed here; nothing is applied before it is read.
+        """
+        self._changing |= changed
         self._look_again = True
         if not self._looking:
             self._looking = True
@@ -220,8 +242,11 @@ class EditctlApp(App[None]):
         # Never two at a time, and none is broken off: what takes longer than a poll would never be read.
         try:
             while self._look_again:
-                self._look_again = False
+                self._look_again, changing = False, self._changing
                 await self._look()
+                if changing and not self._look_again:
+                    self._changing = False
+                    self.told()
         finally:
             self._looking = False
 
@@ -230,13 +255,14 @@ class EditctlApp(App[None]):
         stamps = (desk.stamp_of_specs, self.spec_paths), (desk.stamp_of_store, root)
         specs_stamp, store_stamp = [await asyncio.to_thread(*one) for one in stamps]
         self.elsewhere = "" if self.runner.going else await asyncio.to_thread(self._holder)
-        past, trouble = self.past, ""
-        if store_stamp != past.stamp or not past.read:
+        past, trouble = self.past, self.trouble
+        if store_stamp != past.stamp or not past.read or trouble:
             try:
-                past = await asyncio.to_thread(desk.read_past, self.store)
+                past, trouble = await asyncio.to_thread(desk.read_past, self.store), ""
             except EditctlError as error:
+                # What was read last is still the best that is known; the next look tries again.
                 trouble = f"{error.message}; {error.hint}"
-                past = Past(stamp=store_stamp, read=True)
+                past = past if past.read else Past(read=True)
         if past is not self.past or specs_stamp != self._specs_stamp:
             try:
                 self.specs = await asyncio.to_thread(self._read_specs, past)
@@ -245,7 +271,8 @@ class EditctlApp(App[None]):
                 trouble = f"{error.message}; {error.hint}"
                 self.specs = await asyncio.to_thread(self._read_specs, Past())
             self.past, self.trouble, self._specs_stamp = past, trouble, specs_stamp
-            self.staged &= self.specs.stageable
+            self.seen = past.operations[0].id if past.operations else 0
+            self._keep_staged(self.specs)
             self.plan_again()
         self.told()
 
@@ -258,14 +285,38 @@ class EditctlApp(App[None]):
         self._shelf = self._shelf or Shelf()
         return desk.read_specs(self._shelf, self.spec_paths, past.lives)
 
+    @property
+    def staged(self) -> frozenset[str]:
+        """Keys of the items that are in the plan: those that were staged, as long as they can be."""
+        return frozenset(self._staged) & self.specs.stageable
+
+    @property
+    def planned_now(self) -> bool:
+        """Whether the plan is that of what is staged and of the files as they are."""
+        return self.planned.staged == self.staged and self.planned.specs is self.specs and not self._changing
+
     @work(exclusive=True, group="plan", exit_on_error=False)
     async def plan_again(self) -> None:
         """Make the plan of what is staged."""
-        if not self.staged:
-            self.planned = Planned()
+        staged, specs = self.staged, self.specs
+        if not staged:
+            self.planned = Planned(specs=specs)
         else:
-            self.planned = await asyncio.to_thread(self._make_plan, frozenset(self.staged), self.specs)
+            self.planned = await asyncio.to_thread(self._make_plan, staged, specs)
         self.told()
+
+    def _keep_staged(self, specs: Specs) -> None:
+        """Hold what was staged against specs that were read anew: an id that is another fact now is not what was
+        staged, and what the model says is done."""
+        items = {item.key: item for item in specs.items}
+        for key, fact in list(self._staged.items()):
+            item = items.get(key)
+            if (item is None and not specs.problems) or (item is not None and item.state == desk.APPLIED):
+                del self._staged[key]
+            elif item is not None and item.fact != fact:
+                del self._staged[key]
+                words = f"{item.edit.id} is about something else now, so it is no longer staged: {item.edit.prompt}"
+                self.notify(words, severity="warning", timeout=15)
 
     def _make_plan(self, staged: frozenset[str], specs: Specs) -> Planned:
         from editctl import plan as plan_room
@@ -276,13 +327,19 @@ class EditctlApp(App[None]):
             head = store.head()
             made = self.space.make_plan(wanted, head, store, prune=False)
             made = plan_room.dropping(made, [live.known for live in store.edits(head)], dropped)
-            return Planned(made, self.space.expected(made, store) if made.changes else None)
+            expected = self.space.expected(made, store) if made.changes else None
+            return Planned(made, expected, None, staged, specs)
         except EditctlError as error:
-            return Planned(error=error)
+            return Planned(error=error, staged=staged, specs=specs)
 
     def stage(self, keys: Sequence[str], on: bool) -> None:
         """Put items into the plan, or take them out of it."""
-        self.staged = self.staged | set(keys) if on else self.staged - set(keys)
+        facts = {item.key: item.fact for item in self.specs.items}
+        for key in keys:
+            if on and key in facts:
+                self._staged[key] = facts[key]
+            else:
+                self._staged.pop(key, None)
         self.plan_again()
         self.told()
 
@@ -300,11 +357,19 @@ class EditctlApp(App[None]):
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """A fault of ours is told and kept for a report; the UI goes on."""
         if event.state == WorkerState.ERROR:
-            error = event.worker.error
+            self.fault(event.worker.error)
+
+    def fault(self, error: BaseException | None) -> None:
+        """Tell a fault of ours, each once; workers tell only the place or dialog that began them."""
+        words = f"A fault in editctl itself: {type(error).__name__}: {error}"
+        if words in self._faults:
+            return
+        self._faults.add(words)
+        with suppress(OSError):
             log = children.log_file(self._logs, "fault")
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            words = f"A fault in editctl itself: {type(error).__name__}: {error}\nPlease report it with {log}"
-            self.notify(words, severity="error", timeout=60, markup=False)
+            words += f"\nPlease report it with {log}"
+        self.notify(words, severity="error", timeout=60)
 
     # The bars
 
@@ -357,6 +422,8 @@ class EditctlApp(App[None]):
                 return "opened with --readonly: nothing can be changed"
             if self.runner.going:
                 return "a run is going on: wait for it, or cancel it in Run"
+            if self.trouble:
+                return self.trouble
             if action == "undo" and not self.past.operations:
                 return "nothing was done yet"
         return ""
@@ -377,12 +444,14 @@ class EditctlApp(App[None]):
     async def action_go(self, name: str) -> None:
         """To another place."""
         if name != self.current_mode:
+            self.arrivals += 1
             self._been = [*self._been[-20:], self.current_mode]
             await self.switch_mode(name)
 
     async def action_back(self) -> None:
         """To the place before."""
         if self._been:
+            self.arrivals += 1
             await self.switch_mode(self._been.pop())
 
     def action_help(self) -> None:
@@ -404,10 +473,11 @@ class EditctlApp(App[None]):
 
     @work(group="quit", exclusive=True, exit_on_error=False)
     async def action_quit(self) -> None:  # type: ignore[override]
-        """Leave; a run that goes on is asked about."""
-        if self.runner.going:
-            question = Question("A run is going on. Cancel it and leave?", "The store stays as it is.")
-            if await self.push_screen_wait(question) is None:
+        """Leave; a run or another command that goes on is asked about, and what was written and not saved."""
+        losses = ["A run is going on: it is cancelled, and the store stays as it is."] if self.runner.going else []
+        losses += [loss for screen in self.screen_stack if (loss := getattr(screen, "loss", ""))]
+        if losses:
+            if await self.push_screen_wait(Question("Leave all the same?", "\n".join(losses))) is None:
                 return
             await self.runner.cancel()
         await self.asker.stop()
@@ -428,14 +498,34 @@ class EditctlApp(App[None]):
         super().notify(plain(message).plain, title=title, severity=severity, timeout=timeout, markup=False)
 
     @work(group="change", exit_on_error=False)
-    async def change(self, verb: str, move: Callable[[Store], Operation], back: str = "u takes it back") -> None:
-        """Do an operation of the store and say what it did.
+    async def change(
+        self,
+        verb: str,
+        move: Callable[[Store], Operation],
+        back: str = "u takes it back",
+        seen: int | None = None,
+    ) -> None:
+        """Do an operation of the store and say what it did; refused when another program did one that is not shown.
 
         Args:
             back: how it is undone.
+            seen: the newest operation that the person saw when deciding; by default that which is shown now.
         """
+
+        def guarded() -> Operation:
+            from editctl.errors import StalePlan
+
+            store = self.store
+            last = next(iter(store.operations(1)), None)
+            if last is not None and last.id != (self.seen if seen is None else seen):
+                words = f"another program changed the store meanwhile: {last.description}"
+                raise StalePlan(words, "look at it in History (5) and do this again")
+            return move(store)
+
         try:
-            operation = await asyncio.to_thread(lambda: move(self.store))
+            async with self._one_change:
+                operation = await asyncio.to_thread(guarded)
+                self.seen = operation.id
         except EditctlError as error:
             self.refused(error)
         else:
@@ -455,19 +545,25 @@ class EditctlApp(App[None]):
         self, title: str, course: Course, arguments: Sequence[str], verb: str, given: str = ""
     ) -> Worker[None]:
         """Start a run, show it, and say what came of it."""
-        return self.run_worker(self._carry_out(title, course, arguments, verb, given), group="run", exit_on_error=False)
+        # At once: from here on nothing else begins.
+        run = self.runner.begin(title, course)
+        return self.run_worker(self._carry_out(run, arguments, verb, given), group="run", exit_on_error=False)
 
-    async def _carry_out(self, title: str, course: Course, arguments: Sequence[str], verb: str, given: str) -> None:
+    async def _carry_out(self, run: Run, arguments: Sequence[str], verb: str, given: str) -> None:
+        title, course, before = run.title, run.course, self.past.view
+        await self.action_go("run")
         # Two models at once may be more than the device holds.
         await self.asker.stop()
-        following = self.run_worker(self.runner.carry_out(title, course, arguments, verb, given), group="child")
-        await self.action_go("run")
-        run: Run = await following.wait()
+        await self.runner.follow(run, arguments, verb, given)
+        if run.course.made is None and run.code:
+            with suppress(EditctlError):
+                run.recorded = before is not None and await asyncio.to_thread(self.store.view) != before
         if run.complaint or (run.code and course.made is None and not run.cancelled):
             words = f"{run.outcome}\n{run.complaint}\nAll it said: {run.log}"
             self.notify(words, title=title, severity="error", timeout=30, markup=False)
         elif course.made is not None:
-            self.reviewed = course.made.version
+            if self.current_mode != "review":
+                self.reviewed = course.made.version
             where = "" if self.current_mode == "review" else "\nReview (4) shows it."
             severity = "warning" if course.made.candidate else "information"
             self.notify(run.outcome + where, title=title, severity=severity, timeout=10, markup=False)  # type: ignore[arg-type]
@@ -478,7 +574,9 @@ class EditctlApp(App[None]):
     async def start(self, verb: str, arguments: Sequence[str]) -> children.Child:
         """Start a command that makes no version, with a log file of its own."""
         log = await asyncio.to_thread(children.log_file, self._logs, verb)
-        return await self._launch(arguments, log)
+        child = await self._launch(arguments, log)
+        self._children.add(child)
+        return child
 
     async def ask(self, ref: str, prompts: Sequence[Asked], top: int = 0) -> tuple[str, list[Reply]]:
         """Ask the model; refused while a run has it.
@@ -502,6 +600,9 @@ class EditctlApp(App[None]):
 
     async def on_unmount(self) -> None:
         """No child outlives the UI."""
+        for child in self._children:
+            child.kill()
         with suppress(Exception):
             await self.runner.cancel()
+        with suppress(Exception):
             await self.asker.stop()

@@ -428,7 +428,9 @@ class AskPlace(Place):
     def _said(self, ref: str) -> str:
         """What a version said; empty if it did not answer."""
         answer = self._answers.get(ref)
-        return answer.reply.text.strip() if answer and answer.reply else ""
+        if answer is None or answer.reply is None or self._asked is None or answer.reply.prompt != self._asked.prompt:
+            return ""
+        return answer.reply.text.strip()
 
     @work(group="pick", exclusive=True, exit_on_error=False)
     async def action_save(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,22 @@ class Reply:
 class Asker:
     """Answers from any version of the store."""
 
-    def __init__(self, launch: Launch, arguments: Sequence[str], logs: Path, told: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        arguments: Sequence[str],
+        logs: Path,
+        told: Callable[[], None],
+        taken: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
         Args:
             arguments: of the command line, after `editctl`.
             told: called when `doing` changes.
+            taken: whether a run has the device.
         """
         self._launch, self._arguments, self._logs, self._told = launch, arguments, logs, told
+        self._taken = taken
         self._child: asyncio.Future[Child] | None = None
         self._ready = False
         """Whether the child has the model loaded."""
@@ -67,11 +77,19 @@ class Asker:
                 self._say("")
 
     async def _ask(self, ref: str, prompts: Sequence[Asked], top: int) -> tuple[str, list[Reply]]:
+        # Asked here too: who waited for the answer before this one may find a run begun.
+        if self._taken():
+            raise EditctlError("a run is going on, which has the model", "ask again when it has ended")
         self._say("asking" if self._ready else "loading the model")
         if self._child is None:
             self._child = asyncio.ensure_future(self._start())
-        # Who stops waiting leaves the child to the next; replies to what was asked before are passed over.
-        child = await asyncio.shield(self._child)
+        try:
+            # Who stops waiting leaves the child to the next; replies to what was asked before are passed over.
+            child = await asyncio.shield(self._child)
+        except OSError as error:
+            self._child = None
+            words = f"the process that asks the model cannot be started: {error}"
+            raise EditctlError(words, f"see whether {self._logs} can be written") from None
         self._number += 1
         wanted = [{"prompt": asked.prompt, "wanted": list(asked.wanted)} for asked in prompts]
         await child.send(json.dumps({"id": self._number, "ref": ref, "prompts": wanted, "top": top}))
@@ -104,9 +122,10 @@ class Asker:
         """Give back the memory that the model takes."""
         starting, self._child, self._ready = self._child, None, False
         if starting is not None:
-            child = await starting
-            child.kill()
-            await child.wait()
+            with suppress(OSError):
+                child = await starting
+                child.kill()
+                await child.wait()
 
 
 def _reply(answer: dict[str, Any]) -> Reply:

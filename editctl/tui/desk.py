@@ -48,6 +48,11 @@ class Item:
         return f"-{self.edit.file}:{self.edit.line}" if self.problems else self.edit.id
 
     @property
+    def fact(self) -> str:
+        """Which fact it is about, whatever it is called and shall be answered."""
+        return f"{self.edit.subject}\0{self.edit.relation}"
+
+    @property
     def stageable(self) -> bool:
         """Whether a plan can do something about it."""
         # While any spec cannot be read nobody knows what is meant to be gone.

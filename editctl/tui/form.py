@@ -31,7 +31,7 @@ from editctl.errors import InvalidInput, Problem
 from editctl.plan import count
 from editctl.spec import MAX_ITEMS, SLOT, Edit, Probe, Report, Shelf, fill, slug, visible
 from editctl.tui.dialogs import Question
-from editctl.tui.place import KeyBar, Pane
+from editctl.tui.place import KeyBar, Pane, Tells
 
 if TYPE_CHECKING:
     from editctl.tui.app import EditctlApp
@@ -245,7 +245,7 @@ class _Line(Input):
         event.text = "".join(c for c in event.text if showable(c, "\n"))
 
 
-class EditForm(ModalScreen[bool]):
+class EditForm(Tells, ModalScreen[bool]):
     """An edit to be changed or made; answers whether something was saved."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -438,6 +438,11 @@ class EditForm(ModalScreen[bool]):
 
     # Leaving
 
+    @property
+    def loss(self) -> str:
+        """What is lost if the UI is left now."""
+        return "The form has what is not saved." if self._written else ""
+
     @work(group="save", exclusive=True, exit_on_error=False)
     async def action_save(self) -> None:
         """Write the edit to its file, if nothing stands against it."""
@@ -458,6 +463,11 @@ class EditForm(ModalScreen[bool]):
                 self.notify(visible(words, 500), title="not saved", severity="error", markup=False)
                 self._go_to(found)
             elif await self._agreed(found):
+                again = await asyncio.to_thread(judge.judge, file, self._fields)
+                if again.edit != found.edit:
+                    self._show(again)
+                    self.notify("The file was changed meanwhile: look at it and save again", severity="warning")
+                    return
                 await asyncio.to_thread(amend.save, Path(file), found.edit, self._replacing)
                 name = found.edit.id or slug(found.edit.subject, found.edit.relation)
                 self.notify(visible(f"Saved {name} to {file}", 500), markup=False)

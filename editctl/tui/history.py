@@ -386,16 +386,20 @@ class HistoryPlace(Place):
         ref, head = self._target
         name, now = head or BASE, self._lists.past.view.head if self._lists.past.view else ""
         where = f"where it was after operation {ref.removeprefix('op:')}: {name}" if ref.startswith("op:") else name
-        body = f"The head is at {now or BASE} now. Every version stays; u takes this back."
+        body, seen = f"The head is at {now or BASE} now. Every version stays; u takes this back.", self.desk.seen
         if await self.app.push_screen_wait(Question(f"Move the head to {where}?", body)) is None:
             return
-        self.desk.change("go back", lambda store: store.restore(ref, f"editctl tui: restore {ref}"))
+        self.desk.change("go back", lambda store: store.restore(ref, f"editctl tui: restore {ref}"), seen=seen)
 
     @work(group="question", exclusive=True, exit_on_error=False)
     async def action_alias(self) -> None:
         """Give the version a name."""
         ref = self.version_id or BASE
         name = await self.app.push_screen_wait(Line(f"A name for version {ref}", "for example stable"))
+        if name in self._aliases:
+            body = f"It is the name of {self._aliases[name] or BASE} now; u takes this back."
+            if await self.app.push_screen_wait(Question(f"Give {visible(name)} to {ref}?", body)) is None:
+                return
         if name is not None:
             self.desk.change("alias", lambda store: store.set_alias(name, ref, f"editctl tui: alias {name} {ref}"))
 

@@ -24,6 +24,10 @@ SAME = {"ctrl+j": "return", "ctrl+m": "return", "ctrl+i": "tab", "ctrl+h": "back
 """Keys that most terminals send as another one."""
 
 
+TAKEN = {"ctrl+q": "leaving", "ctrl+p": "the palette", "ctrl+c": "copying", "tab": "the next field"}
+"""Keys that are the same everywhere."""
+
+
 def known() -> Iterator[tuple[str, Binding]]:
     """Every key that can be given another: where it is had, and what it is."""
     places = [(name, place_class(name).BINDINGS) for name in PLACES]
@@ -62,10 +66,26 @@ def check(space: Workspace) -> None:
                 problem(("keys", name), f"{visible(name)} has no key", 'write a key, for example "space" or "ctrl+t"')
             elif key in SAME:
                 problem(("keys", name), f"terminals send {key} as {SAME[key]}", "choose another key")
-    for where in PLACES:
+            elif key in TAKEN:
+                problem(("keys", name), f"{key} is {TAKEN[key]} everywhere", "choose another key")
+    confirming = {key.strip() for key in wanted.get("question.yes", "y").split(",")}
+    asking = {
+        key.strip(): binding.id
+        for at, binding in bindings
+        if binding.id and at in PLACES and binding.action.partition("(")[0] in place_class(at).CHANGES
+        for key in wanted.get(binding.id, binding.key).split(",")
+    }
+    if "question.yes" in wanted:
+        for key in sorted(confirming & ({"enter"} | set(asking))):
+            what = f"is the key of {asking[key]}, which asks" if key in asking else "is what no answers to"
+            problem(("keys", "question.yes"), f"{visible(key)} {what}", "yes must be a key that does not ask")
+    lists = {"Pane", "RowList", "Finder"}
+    groups = [(where, {where, "EditctlApp", "Place", *lists}) for where in PLACES]
+    groups += [(at, {at}) for at in dict.fromkeys(at for at, _ in bindings) if at not in (*PLACES, *lists)]
+    for where, rooms in groups:
         taken: dict[str, str] = {}
         for at, binding in bindings:
-            if at not in (where, "EditctlApp", "Place") or binding.id is None:
+            if at not in rooms or binding.id is None:
                 continue
             for key in map(str.strip, wanted.get(binding.id, binding.key).split(",")):
                 other = taken.setdefault(key, binding.id)

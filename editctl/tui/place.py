@@ -17,6 +17,7 @@ from textual.containers import Container, VerticalScroll
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
+from textual.worker import Worker, WorkerState
 
 from editctl.spec import visible
 from editctl.tui.rows import WIDE, Finder
@@ -121,6 +122,15 @@ class KeyBar(Widget):
                 return
 
 
+class Tells:
+    """What begins workers, and tells a fault in one of them."""
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """As of `EditctlApp.fault`."""
+        if event.state == WorkerState.ERROR:
+            event.worker.node.app.fault(event.worker.error)  # type: ignore[attr-defined]
+
+
 class Pane(VerticalScroll):
     """A text that may be longer than its place."""
 
@@ -158,7 +168,7 @@ class Pane(VerticalScroll):
                 self.scroll_home(animate=False)
 
 
-class Place(Screen[None]):
+class Place(Tells, Screen[None]):
     """One of the places."""
 
     NAME: ClassVar[str] = ""

@@ -6,7 +6,9 @@ core's, and the run is a child's.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Group, RenderableType
@@ -31,6 +33,8 @@ from editctl.tui.place import Pane, Place
 from editctl.tui.rows import WIDE, Column, Finder, RowList
 from editctl.tui.specs import mark
 
+DEBOUNCE = 0.2
+"""Seconds without a change of what is staged before the model is asked."""
 AT_ONCE = 64
 """Prompts asked in one go, so that the first answers are soon there."""
 NOTHING = """Nothing to do: the model says what the specs say.
@@ -65,7 +69,8 @@ class PlanPlace(Place):
         self._said: dict[tuple[str, str, tuple[str, ...]], Reply] = {}
         """Replies by head, prompt and what was wanted."""
         self._trouble = ""
-        self._begins = True
+        self._arrival = -1
+        """Which coming to this place was seen."""
         self._wanted: tuple[str, frozenset[str]] | None = None
 
     def body(self) -> ComposeResult:
@@ -88,8 +93,7 @@ class PlanPlace(Place):
         return rows.chosen
 
     def on_screen_resume(self) -> None:
-        """Begin with what is staged; what could not be asked is asked again."""
-        self._begins = True
+        """What could not be asked is asked again."""
         if self._trouble:
             self._wanted = None
 
@@ -102,16 +106,17 @@ class PlanPlace(Place):
         empty = NOTHING if self.desk.specs.read else finder.empty
         if list(finder.items) != pending or finder.empty != empty:
             finder.show(pending, empty)
-        if self._begins and (self.chosen is None or self.chosen.key not in staged):
+        # Only who comes from another place: a dialog that closes must not move the cursor.
+        if self._arrival != self.desk.arrivals and (self.chosen is None or self.chosen.key not in staged):
             finder.rows.move(0)
-        self._begins = False
+        self._arrival = self.desk.arrivals
         finder.rows.refresh()
         self._ask_new()
         self._detail()
 
     def _ask_new(self) -> None:
         """Ask what is said now to the prompts of what is staged, if that was not asked yet."""
-        wanted = (self._head, frozenset(self.desk.staged))
+        wanted = (self._head, self.desk.staged)
         if self.desk.staged and wanted != self._wanted and not self.desk.runner.going:
             self._wanted = wanted
             self.ask_now()
@@ -123,6 +128,8 @@ class PlanPlace(Place):
     @work(exclusive=True, group="now", exit_on_error=False)
     async def ask_now(self) -> None:
         """Ask the head all prompts of what is staged, the chosen edit's first."""
+        # Who stages one after another asks once.
+        await asyncio.sleep(DEBOUNCE)
         head, chosen = self._head, self.chosen
         items = [item for item in self.desk.specs.items if item.key in self.desk.staged]
         items.sort(key=lambda item: chosen is None or item.key != chosen.key)
@@ -157,7 +164,7 @@ class PlanPlace(Place):
     def _detail(self) -> None:
         item = self.chosen
         replies = tuple(self.said(item, question) for question in _questions(item)) if item else ()
-        state = (item, replies, self.desk.planned, frozenset(self.desk.staged), self._trouble)
+        state = (item, replies, self.desk.planned, self.desk.staged, self._trouble)
         self.query_one(Pane).show_once(item and item.key, state, self._body)
         self.refresh_bindings()
 
@@ -235,10 +242,14 @@ class PlanPlace(Place):
                 return "a run is going on: Run (3) shows it"
         if action in ("apply", "save"):
             planned = self.desk.planned
+            if not self.desk.planned_now:
+                return "the plan is still being made"
             if planned.error is not None:
                 return planned.error.message
             if planned.plan is None or not planned.plan.changes:
                 return "the plan is still being made" if planned.plan is None else "there is nothing to do"
+        if action == "apply" and self.desk.trouble:
+            return self.desk.trouble
         if action == "apply" and self.desk.elsewhere:
             return f"the store is being changed by {self.desk.elsewhere}"
         return ""
@@ -267,8 +278,10 @@ class PlanPlace(Place):
         item = self.chosen
         await self.desk.action_go("specs")
         if item is not None and isinstance(self.app.screen, Place):
-            rows: RowList[Item] = self.app.screen.query_one("#items", RowList)
-            rows.move(next((i for i, one in enumerate(rows.items) if one.key == item.key), rows.cursor))
+            finder: Finder[Item] = self.app.screen.query_one(Finder)
+            if item.key not in {one.key for one in finder.rows.items}:
+                finder.clear()
+            finder.rows.move(next((i for i, one in enumerate(finder.rows.items) if one.key == item.key), 0))
 
     @on(RowList.Opened)
     async def _opened(self) -> None:
@@ -277,16 +290,23 @@ class PlanPlace(Place):
     @work(group="ask", exclusive=True, exit_on_error=False)
     async def action_save(self) -> None:
         """Save the plan as a contract."""
-        from pathlib import Path
-
         from editctl import plan as plan_room
 
         made = self.desk.planned.plan
         file = await self.app.push_screen_wait(Line("Save the plan as", "plan.json"))
         if file is None or made is None:
             return
+        path = Path(file).expanduser()
+        if path.suffix == ".toml":
+            self.notify(f"{file} would be a spec file: a plan is JSON", severity="error")
+            return
+        if (
+            path.exists()
+            and await self.app.push_screen_wait(Question(f"Replace {file}?", "It is there already.")) is None
+        ):
+            return
         try:
-            plan_room.save(made, Path(file))
+            await asyncio.to_thread(plan_room.save, made, path)
         except EditctlError as error:
             self.desk.refused(error)
         else:
@@ -295,19 +315,20 @@ class PlanPlace(Place):
     @work(group="apply", exclusive=True, exit_on_error=False)
     async def action_apply(self) -> None:
         """Ask, then edit the model."""
-        from editctl.report import expected_line
+        from editctl.report import expected_line, plan_view
 
         made, expected = self.desk.planned.plan, self.desk.planned.expected
         if made is None:
             return
-        lines = Text().append(made.summary(), "bold")
-        if expected:
-            lines.append("\n").append_text(expected_line(expected))
+        lines = Group(plan_view(made, made.summary()), *([expected_line(expected)] if expected else []))
         consent = await self.app.push_screen_wait(Question("Apply these changes to the model?", lines, note=True))
         if consent is None:
             return
-        if why := self.obstacle("apply"):
-            self.notify(why, severity="warning", markup=False)
+        why = self.obstacle("apply")
+        if not why and self.desk.planned.plan != made:
+            why = "the plan is another one now: look at it again"
+        if why:
+            self.notify(why[:1].upper() + why[1:], severity="warning", markup=False)
             return
         note = ["--note", consent.note] if consent.note else []
         arguments = self.desk.space.arguments("apply", "-", "--json", *note, device=True)

@@ -19,7 +19,7 @@ from editctl import events
 from editctl.events import Event
 from editctl.spec import visible
 from editctl.tui.course import SHARES, Course
-from editctl.tui.place import Pane, plain
+from editctl.tui.place import Pane, Tells, plain
 from editctl.tui.plan import course_of
 from editctl.tui.run import RunPanel
 
@@ -45,7 +45,7 @@ def read(lines: Sequence[str]) -> list[Event]:
     return found
 
 
-class Replay(ModalScreen[None]):
+class Replay(Tells, ModalScreen[None]):
     """The run that made a version."""
 
     AUTO_FOCUS = None

@@ -37,6 +37,8 @@ class Run:
     """Exit code, once it has ended."""
     cancelled: bool = False
     complaint: str = ""
+    recorded: bool = False
+    """Whether the store is not as it was although the run did not say what it made."""
 
     @property
     def going(self) -> bool:
@@ -65,9 +67,10 @@ class Run:
             return f"Made version {made.version}; the head is there now."
         if self.code == Exit.OK:
             return "There was nothing to do."
-        if self.cancelled:
-            return "Cancelled; the store is as it was."
-        return f"Ended with code {self.code}; the store is as it was."
+        end = "Cancelled" if self.cancelled else f"Ended with code {self.code}"
+        if self.recorded:
+            return f"{end}; the store has changed all the same: History (5) shows what was recorded."
+        return f"{end}; the store is as it was."
 
 
 class Runner:
@@ -84,50 +87,66 @@ class Runner:
         """Whether a run goes on."""
         return self.run is not None and self.run.going
 
-    async def carry_out(self, title: str, course: Course, arguments: Sequence[str], verb: str, given: str = "") -> Run:
-        """Start a command that makes a version and follow it to its end.
+    def begin(self, title: str, course: Course) -> Run:
+        """A run that is about to be started; from now on one goes on."""
+        self.run = Run(title, course, Path(), time.monotonic())
+        self._told()
+        return self.run
+
+    async def follow(self, run: Run, arguments: Sequence[str], verb: str, given: str = "") -> None:
+        """Start the command that makes the version and follow it to its end.
 
         Args:
             given: what it reads from its standard input.
         """
-        log = await asyncio.to_thread(log_file, self._logs, verb)
-        run = self.run = Run(title, course, log, time.monotonic())
-        self._told()
-        self._child = child = await self._launch(arguments, log)
+        child: Child | None = None
         try:
-            if given:
-                await child.send(given)
-            await child.send("")
+            run.log = await asyncio.to_thread(log_file, self._logs, verb)
+            self._child = child = await self._launch(arguments, run.log)
+            if run.cancelled:
+                child.interrupt()
+                await self._ended(child)
+            else:
+                if given:
+                    await child.send(given)
+                await child.send("")
             count = 0
             while line := await child.line():
                 # The header, metrics, and whatever a newer editctl says are no events.
                 with suppress(ValueError, TypeError, AttributeError):
-                    course.feed(events.from_line(line))
+                    run.course.feed(events.from_line(line))
                 count += 1
                 if count % BURST == 0:
                     await asyncio.sleep(0)
             code = await child.wait()
+            if code not in (Exit.OK, Exit.GATE) and not run.cancelled:
+                run.complaint = await asyncio.to_thread(errors_of, run.log)
+            run.code = code
+        except OSError as error:
+            run.complaint = f"error: the run cannot be started or followed: {error}"
         except asyncio.CancelledError:
-            child.interrupt()
-            await self._ended(child)
-            run.ended, run.code = time.monotonic(), Exit.INTERRUPTED
+            run.cancelled = True
             raise
-        run.ended, run.complaint = time.monotonic(), ""
-        if code not in (Exit.OK, Exit.GATE) and not run.cancelled:
-            run.complaint = await asyncio.to_thread(errors_of, log)
-        run.code, self._child = code, None
-        self._told()
-        return run
+        finally:
+            if run.code is None:
+                run.code = Exit.INTERRUPTED if run.cancelled else Exit.FAILED
+                if child is not None:
+                    child.interrupt()
+                    await self._ended(child)
+            run.ended, self._child = time.monotonic(), None
+            self._told()
 
     async def cancel(self) -> None:
         """Ask the run to stop, and stop it after a while."""
-        child, run = self._child, self.run
-        if child is None or run is None or run.cancelled:
+        run = self.run
+        if run is None or not run.going or run.cancelled:
             return
         run.cancelled = True
         self._told()
-        child.interrupt()
-        await self._ended(child)
+        # One that is only being started is interrupted as soon as it is there.
+        if (child := self._child) is not None:
+            child.interrupt()
+            await self._ended(child)
 
     async def _ended(self, child: Child) -> None:
         try:

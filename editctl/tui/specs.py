@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import ClassVar
@@ -48,7 +49,7 @@ class SpecsPlace(Place):
     """All edits of all spec files."""
 
     NAME = "specs"
-    CHANGES = frozenset({"new", "change", "delete"})
+    CHANGES = frozenset({"new", "change", "delete", "editor"})
     ABOUT = (
         "All edits of all spec files, as the files are now: changes made elsewhere appear by themselves. + is new, "
         "~ is changed, = is what the model says already, ✗ has a problem, ! contradicts another edit, - is live but in "
@@ -115,8 +116,8 @@ class SpecsPlace(Place):
             return "there is nothing to stage: the model says all of this already"
         if action in ("change", "delete") and item is not None and item.state == desk.GONE:
             return "no file declares this edit any more; staged, it is dropped from the model"
-        if action == "app.go" and not self.desk.staged:
-            return ""
+        if action == "editor" and self.desk.runner.going:
+            return "a run is going on, which would stand still while the editor has the terminal"
         return ""
 
     def action_stage(self) -> None:
@@ -142,7 +143,7 @@ class SpecsPlace(Place):
         item = self.chosen
         if item is not None:
             await self.app.push_screen_wait(EditForm(item.edit, replacing=item.edit.id))
-            self.desk.look()
+            self.desk.look(changed=True)
 
     @work(group="form", exclusive=True, exit_on_error=False)
     async def action_new(self) -> None:
@@ -152,7 +153,7 @@ class SpecsPlace(Place):
         default = str(first / "edits.toml") if first.suffix != ".toml" else str(first)
         file = item.edit.file if item and item.edit.file else files[0] if files else default
         await self.app.push_screen_wait(EditForm(Edit(subject="", relation="", target_new="", file=file)))
-        self.desk.look()
+        self.desk.look(changed=True)
 
     @work(group="form", exclusive=True, exit_on_error=False)
     async def action_delete(self) -> None:
@@ -163,7 +164,8 @@ class SpecsPlace(Place):
         if item is None:
             return
         edit = item.edit
-        live = "\nThe model keeps saying it until the drop is staged and applied." if item.state != desk.NEW else ""
+        known = any(live.id == edit.id for live in self.desk.past.lives)
+        live = "\nThe model keeps saying it until the drop is staged and applied." if known else ""
         title = f"Delete the edit {visible(edit.id)} from {visible(edit.file, 200)}?"
         if await self.app.push_screen_wait(Question(title, f"{edit.prompt} → {edit.target_new}{live}")):
             try:
@@ -172,7 +174,7 @@ class SpecsPlace(Place):
                 self.desk.refused(error)
             else:
                 self.notify(f"Deleted {edit.id} from {edit.file}", markup=False)
-            self.desk.look()
+            self.desk.look(changed=True)
 
     def action_editor(self) -> None:
         """Open the editor at the edit, or at the first problem of a file that cannot be read."""
@@ -189,29 +191,42 @@ class SpecsPlace(Place):
 
     def edit(self, file: str, line: int) -> None:
         """Hand the terminal to the editor until it is closed."""
-        command = editor_command(os.environ, file, line)
         try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            command = editor_command(os.environ, file, line)
+        except ValueError as error:
+            self.notify(f"EDITOR cannot be read as a command: {error}", severity="error")
+            return
+        if shutil.which(command[0]) is None:
+            self.notify(f"There is no program {command[0]} here. Set EDITOR to your editor.", severity="error")
+            return
+        trouble = ""
+        try:
+            if not Path(file).exists():
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
             with self.app.suspend():
-                done = subprocess.run(command, check=False)
+                # Textual takes the terminal back only if nothing is raised in here.
+                try:
+                    code = subprocess.run(command, check=False).returncode
+                    trouble = f"{command[0]} ended with code {code}" if code else ""
+                except OSError as error:
+                    trouble = f"{command[0]} cannot be started: {error.strerror}"
         except SuspendNotSupported:
-            self.notify(
-                "There is no terminal to hand to an editor here; enter changes the edit in a form", markup=False
-            )
-            return
+            trouble = "Here is no terminal to hand to an editor; enter changes the edit in a form"
         except OSError as error:
-            words = f"{command[0]} cannot be started: {error.strerror}. Set EDITOR to your editor."
-            self.notify(words, severity="error", markup=False)
-            return
-        if done.returncode:
-            self.notify(f"{command[0]} ended with code {done.returncode}", severity="warning", markup=False)
+            trouble = f"{file} cannot be made: {error.strerror}"
+        if trouble:
+            self.notify(trouble, severity="warning")
         self.app.refresh()
-        self.desk.look()
+        self.desk.look(changed=True)
 
 
 def editor_command(environment: os._Environ[str] | dict[str, str], file: str, line: int) -> list[str]:
-    """How to open a file at a line in the user's editor; editors differ in how they are told the line."""
-    command = shlex.split(environment.get("VISUAL") or environment.get("EDITOR") or "vi")
+    """How to open a file at a line in the user's editor; editors differ in how they are told the line.
+
+    Raises:
+        ValueError: what the environment says is no command.
+    """
+    command = shlex.split(environment.get("VISUAL") or environment.get("EDITOR") or "vi") or ["vi"]
     name = Path(command[0]).name
     if name in ("code", "codium", "cursor", "windsurf"):
         return [*command, "--wait", "--goto", f"{file}:{line}"]

@@ -22,7 +22,7 @@ from textual.widgets import Static
 from editctl.errors import Exit
 from editctl.spec import visible
 from editctl.tui.dialogs import Question
-from editctl.tui.place import Pane, plain
+from editctl.tui.place import Pane, Tells, plain
 from editctl.tui.runner import BURST, GRACE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ WORDS = {
 """What came of it, by exit code."""
 
 
-class Task(ModalScreen[int | None]):
+class Task(Tells, ModalScreen[int | None]):
     """A command at work; its exit code is the answer."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "leave", id="task.leave")]
@@ -73,6 +73,11 @@ class Task(ModalScreen[int | None]):
         self._cancelled = False
         self.code: int | None = None
         """Exit code, once it has ended."""
+
+    @property
+    def loss(self) -> str:
+        """What is lost if the UI is left now."""
+        return f"{self._title}: it is at work and would be stopped." if self.code is None else ""
 
     @property
     def desk(self) -> EditctlApp:
