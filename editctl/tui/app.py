@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 """Seconds between looks at whether files or the store changed."""
+UNLISTED = frozenset(
+    {"pane.down", "pane.up", *(f"list.{way}" for way in ("down", "up", "page-down", "page-up", "first", "last"))}
+)
+"""Moving about, which the palette need not do."""
 PULSE = 0.5
 """Seconds between looks at how far a run is, for the bars."""
 
@@ -79,12 +83,12 @@ class Actions(Provider):
         seen = set()
         for active in self.screen.active_bindings.values():
             node, binding = active.node, active.binding
-            if binding.id is None or binding.id.startswith(("list.", "pane.")) or binding.action in seen:
+            if binding.id is None or binding.id in UNLISTED or binding.action in seen:
                 continue
             seen.add(binding.action)
             category = binding.id.partition(".")[0] if "." in binding.id else "view"
             what = binding.tooltip or binding.description
-            why = node.obstacle(binding.action) if isinstance(node, Place) else ""
+            why = node.obstacle(binding.action) if isinstance(node, Place | EditctlApp) else ""
             more = f"{self.app.get_key_display(binding)}  {visible(why, 500)}".strip()
             # The palette reads markup, of which a backslash before each bracket leaves nothing.
             more = more.replace("[", "\\[")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 LOGS = 20
 """Log files that are kept."""
@@ -54,16 +54,21 @@ Launch = Callable[[Sequence[str], Path], Awaitable[Child]]
 class Process:
     """A command in a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self._process, self.log = process, log
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, kept: BinaryIO) -> None:
+        """
+        Args:
+            kept: the log, open for writing.
+        """
+        self._process, self.log, self._kept = process, log, kept
 
     async def line(self) -> str:
         """As of `Child`; the line is in the log too."""
         assert self._process.stdout is not None
         data = await self._process.stdout.readline()
         if data:
-            with suppress(OSError), self.log.open("ab") as log:
-                log.write(data)
+            with suppress(OSError, ValueError):  # ValueError: it is closed, for the process has ended
+                self._kept.write(data)
+                self._kept.flush()
         return data.decode("utf-8", "replace").rstrip("\n") if data != b"\n" else " "
 
     async def send(self, line: str) -> None:
@@ -89,6 +94,7 @@ class Process:
     async def wait(self) -> int:
         """As of `Child`."""
         code = await self._process.wait()
+        self._kept.close()
         if self._process.stdin is not None:
             # Else the pipe is closed by the garbage collector, which may come after the loop.
             self._process.stdin.close()
@@ -97,7 +103,8 @@ class Process:
 
 async def launch(arguments: Sequence[str], log: Path) -> Child:
     """Start `editctl` with these arguments; what it says on standard error goes to the log."""
-    with log.open("ab") as file:
+    file = log.open("ab")
+    try:
         file.write(f"$ {shlex.join(['editctl', *arguments])}\n".encode(errors="replace"))
         file.flush()
         process = await asyncio.create_subprocess_exec(
@@ -107,10 +114,13 @@ async def launch(arguments: Sequence[str], log: Path) -> Child:
             stderr=file,
             limit=LONGEST,
         )
+    except BaseException:
+        file.close()
+        raise
     # Every key press takes the processor from a run for a moment, not a run from the keys.
     with suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, process.pid, NICE)
-    return Process(process, log)
+    return Process(process, log, file)
 
 
 def log_file(folder: Path, verb: str) -> Path:

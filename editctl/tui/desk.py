@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editctl.errors import Problem
-from editctl.plan import ADD, DROP, KEEP, REMEASURE, REPLACE, Action, make
+from editctl.plan import ADD, DROP, KEEP, REMEASURE, REPLACE, make
 
 if TYPE_CHECKING:
     from editctl.spec import Edit, Shelf
@@ -199,8 +199,3 @@ def stamp_of_specs(paths: Sequence[Path]) -> object:
                 stat = file.stat()
                 found.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return tuple(found)
-
-
-def changes(actions: Sequence[Action]) -> tuple[Action, ...]:
-    """The actions that do something."""
-    return tuple(action for action in actions if action.kind != KEEP)

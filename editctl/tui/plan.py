@@ -41,9 +41,6 @@ NOTHING = """Nothing to do: the model says what the specs say.
 
   1   back to the specs: n writes an edit, enter changes one
   5   what was done before"""
-EMPTY = """Nothing is staged.
-
-  1   Specs: space stages an edit, a stages all of them"""
 
 
 class PlanPlace(Place):
