@@ -75,7 +75,7 @@ class Screen:
     async def press(self, *keys: str) -> None:
         """Press keys one after another, and let what they began come to its end."""
         for key in keys:
-            await self.pilot.press(key)
+            await self.tap(key)
             await self.settle()
 
     async def tap(self, key: str) -> None:

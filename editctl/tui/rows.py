@@ -208,7 +208,8 @@ class RowList(ScrollView, Generic[T], can_focus=True):
         width, row = self.size.width, round(self.scroll_y) + y - 1
         if y == 0:
             style = self.get_component_rich_style("rows--head")
-            return Strip([Segment(" ".join(fit(column.title, size) for column, size in self._widths()), style)], width)
+            titles = " ".join(fit(column.title, size) for column, size in self._widths())
+            return Strip([Segment(titles, style)]).adjust_cell_length(width, style)
         if not self.items:
             lines = self.empty.splitlines()
             text = lines[y - 2] if 2 <= y < len(lines) + 2 else ""
