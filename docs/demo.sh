@@ -32,7 +32,8 @@ run log
 title "6. Everything recorded is whole, and every version comes out of a rebuild to the bit"
 run verify
 
-printf '\nThe version is kept in %s. Three things to try next:\n' "$STORE"
+printf '\nThe version is kept in %s. Four things to try next:\n' "$STORE"
+printf '  %s                 # the terminal UI (docs/tutorial.md)\n' "$editctl"
 printf '  %s show            # every answer, before and after\n' "$editctl"
 printf '  %s measure         # rebuild the weights, check their hash, ask everything again\n' "$editctl"
 printf '  %s undo            # the unedited model, bit for bit\n' "$editctl"
