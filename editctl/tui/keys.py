@@ -22,8 +22,6 @@ from editctl.workspace import Workspace
 
 SAME = {"ctrl+j": "return", "ctrl+m": "return", "ctrl+i": "tab", "ctrl+h": "backspace"}
 """Keys that most terminals send as another one."""
-
-
 TAKEN = {"ctrl+q": "leaving", "ctrl+p": "the palette", "ctrl+c": "copying", "tab": "the next field"}
 """Keys that are the same everywhere."""
 
@@ -75,10 +73,11 @@ def check(space: Workspace) -> None:
         if binding.id and at in PLACES and binding.action.partition("(")[0] in place_class(at).CHANGES
         for key in wanted.get(binding.id, binding.key).split(",")
     }
-    if "question.yes" in wanted:
-        for key in sorted(confirming & ({"enter"} | set(asking))):
-            what = f"is the key of {asking[key]}, which asks" if key in asking else "is what no answers to"
-            problem(("keys", "question.yes"), f"{visible(key)} {what}", "yes must be a key that does not ask")
+    for key in sorted(confirming & ({"enter"} | set(asking))):
+        what = f"is the key of {asking[key]}, which asks" if key in asking else "is what no answers to"
+        told = "question.yes" if "question.yes" in wanted else asking[key]
+        message = f"{visible(key)} would be yes to a question and {what}"
+        problem(("keys", told), message, "yes must be a key that does not ask")
     lists = {"Pane", "RowList", "Finder"}
     groups = [(where, {where, "EditctlApp", "Place", *lists}) for where in PLACES]
     groups += [(at, {at}) for at in dict.fromkeys(at for at, _ in bindings) if at not in (*PLACES, *lists)]
