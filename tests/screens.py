@@ -105,6 +105,10 @@ class Screen:
             await self.pilot.pause(0.01)
         raise AssertionError(f"{what or condition} did not happen:\n{self.text}")
 
+    async def shows(self, *words: str) -> None:
+        """Wait until all words stand on the screen; what the app knows is drawn some turns of its loop later."""
+        await self.until(lambda: all(word in self.text for word in words), f"{words} on the screen")
+
     async def settle(self) -> None:
         """Wait until nothing is read or planned any more; runs, questions and asking may go on."""
         waiting = ("look", "plan", "change", "default")

@@ -42,7 +42,7 @@ def test_every_edit_of_every_file_is_listed_with_its_state(folder: Path) -> None
             ("clock", "new"),
         ]
         for words in ("Moby Dick", "{} was written by", "Jane Austen", "books.toml", "3 edits in 2 files", "3 new"):
-            assert words in screen.text
+            await screen.shows(words)
 
     play(script, folder)
 
@@ -55,7 +55,7 @@ def test_applying_what_is_staged_makes_a_version_of_just_that(folder: Path) -> N
         assert screen.app.staged == {"whale", "tower"}
         await screen.until(lambda: "90.0 %" in screen.text, "what is said now")
         await screen.press("g")
-        assert "2 to add" in screen.text
+        await screen.shows("2 to add")
         assert screen.head == ""
         await screen.press("y")
         await screen.until(lambda: screen.head, "a version")
@@ -76,7 +76,7 @@ def test_a_file_changed_by_another_program_is_shown_at_once(folder: Path) -> Non
         (folder / "specs" / "books.toml").write_text(wrong, encoding="utf-8")
         (folder / "specs" / "more.toml").write_text(BOOKS.replace("whale", "wail").replace("Moby", "Mobile"))
         await screen.until(lambda: "invalid" in screen.text and "Mobile Dick" in screen.text)
-        assert "specs/books.toml:6: relation has no place" in screen.text
+        await screen.shows("specs/books.toml:6: relation has no place")
         assert [i.state for i in screen.app.specs.items] == ["invalid", "new", "new", "new"]
 
     play(script, folder, poll=0.05)
@@ -179,12 +179,12 @@ def test_the_plan_says_what_the_model_says_now_and_how_probable_both_targets_are
 
     async def script(screen: Screen) -> None:
         await screen.press("2")
-        assert "Nothing is staged" in screen.text
+        await screen.shows("Nothing is staged")
         assert not screen.engine.started
         await screen.press("1", "down", "space", "2")
         await screen.until(lambda: "90.0 %" in screen.text, "what is said now")
         for words in ("Paris", "5.0 %", "generalization", "The Louvre is in", "The country where", "1 to add"):
-            assert words in screen.text
+            await screen.shows(words)
         asked = [arguments for arguments in screen.engine.started if "--stdin" in arguments]
         assert len(asked) == 1
 
@@ -228,7 +228,7 @@ def test_a_cancelled_run_leaves_the_store_as_it_was(folder: Path) -> None:
         await screen.until(lambda: screen.app.planned.plan)
         await screen.press("g", "y")
         await screen.until(lambda: screen.app.runner.run and screen.app.runner.run.course.step > 5)
-        assert "loss" in screen.text and "step 11 of at most 25" in screen.text
+        await screen.shows("loss", "step 11 of at most 25")
         await screen.press("1", "5", "3")
         assert screen.app.runner.going
         await screen.press("escape", "n")
@@ -236,7 +236,7 @@ def test_a_cancelled_run_leaves_the_store_as_it_was(folder: Path) -> None:
         await screen.press("escape", "y")
         await screen.until(lambda: not screen.app.runner.going, "the end")
         assert screen.head == "" and screen.engine.store.versions() == []
-        assert "Cancelled; the store is as it was" in screen.text
+        await screen.shows("Cancelled; the store is as it was")
         assert len(screen.app.staged) == 3, "what was staged is not lost"
 
     play(script, folder)
@@ -253,7 +253,7 @@ def test_a_child_that_dies_is_a_message_with_the_path_of_its_log(folder: Path) -
         await screen.until(lambda: any("out of memory" in toast for toast in screen.toasts), "a message")
         run = screen.app.runner.run
         assert run is not None and str(run.log) in screen.toasts[-1]
-        assert "smaller batch_size" in screen.text
+        await screen.shows("smaller batch_size")
         assert screen.head == ""
         await screen.press("2", "g", "y")
         await screen.until(lambda: screen.head, "a version")
@@ -285,7 +285,7 @@ def test_a_failed_gate_makes_a_candidate_and_says_so(folder: Path) -> None:
     async def script(screen: Screen) -> None:
         await apply_all(screen)
         assert screen.head == ""
-        assert "is a candidate" in screen.text
+        await screen.shows("is a candidate")
         assert "Review(1)" in screen.lines[0]
 
     (folder / "editctl.toml").write_text("[gates]\nreliability = 0.9\n")
@@ -411,7 +411,7 @@ def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> N
             assert "6 Ask" in screen.lines[0]
             assert "? keys" in screen.lines[-1] or title == "Ask", "in Ask ? is a letter of the prompt"
             await screen.press("escape", "question_mark")
-            assert "esc leaves, j and k scroll" in screen.text
+            await screen.shows("esc leaves, j and k scroll")
             await screen.press("escape")
 
     play(script, folder, size=NARROW)
@@ -520,7 +520,7 @@ def test_without_colour_everything_is_still_told(folder: Path, monkeypatch: pyte
             if colour is not None and colour.triplet is not None
         }
         assert all(red == green == blue for red, green, blue in colours)
-        assert "● + new" in screen.text
+        await screen.shows("● + new")
 
     monkeypatch.setenv("NO_COLOR", "1")
     play(script, folder)

@@ -183,7 +183,7 @@ def test_leaving_with_a_form_that_is_not_saved_asks(folder: Path) -> None:
         await screen.press("enter")
         await screen.until(lambda: isinstance(screen.app.screen, EditForm))
         await screen.press(*"X", "ctrl+q")
-        assert "The form has what is not saved" in screen.text
+        await screen.shows("The form has what is not saved")
         await screen.press("n")
         assert isinstance(screen.app.screen, EditForm) and screen.app.is_running
 

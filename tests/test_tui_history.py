@@ -55,14 +55,14 @@ def test_operations_and_versions_are_listed_and_shown_in_full(
     async def script(screen: Screen) -> None:
         await ready(screen)
         newest, *_ = engine.store.versions()
-        assert "@ 4" in screen.text
+        await screen.shows("@ 4")
         await screen.press("end")
         await calm(screen)
-        assert "because [b]bold[/b] \\x1b[31m" in screen.text
+        await screen.shows("because [b]bold[/b] \\x1b[31m")
         await screen.press("v")
         await calm(screen)
         for words in ("◆", "@", "◇", "stable", newest.id, "candidate"):
-            assert words in screen.text
+            await screen.shows(words)
 
     play(script, folder, engine=engine, size=size)
 
@@ -100,13 +100,13 @@ def test_any_two_versions_are_compared(folder: Path, engine: Engine) -> None:
         await ready(screen)
         await screen.press("v", "down", "d")
         await screen.until(lambda: isinstance(screen.app.screen, Viewer), "what differs")
-        assert "+ The Eiffel Tower" in screen.text
+        await screen.shows("+ The Eiffel Tower")
         await screen.press("escape", "m", "d")
         assert any("two different versions" in toast for toast in screen.toasts)
-        assert "● " in screen.text
+        await screen.shows("● ")
         await screen.press("end", "d")
         await screen.until(lambda: isinstance(screen.app.screen, Viewer), "what differs")
-        assert "→ base" in screen.text
+        await screen.shows("→ base")
         await screen.press("escape", "m", "m", "d")
         assert any("nothing below" in toast for toast in screen.toasts)
 
@@ -121,8 +121,8 @@ def test_a_past_run_is_played_again(folder: Path, engine: Engine) -> None:
         await screen.press("v", "down", "y")
         await screen.until(lambda: isinstance(screen.app.screen, Replay), "the run")
         await screen.press("space", "home", "right", "right")
-        assert "event 2 of" in screen.text
-        assert "alphaedit" in screen.text
+        await screen.shows("event 2 of")
+        await screen.shows("alphaedit")
         await screen.press("end")
         await screen.until(lambda: "Made version" in screen.text, "the end")
         await screen.press("left", "escape", "end", "y")
@@ -195,7 +195,7 @@ def test_an_empty_store_says_what_comes_next(folder: Path) -> None:
         await screen.press("5")
         await screen.until(lambda: "Nothing was done yet" in screen.text, "what comes next")
         await screen.press("v", "b", "d", "y", "x", "s", "enter")
-        assert "Nothing was done yet" in screen.text
+        await screen.shows("Nothing was done yet")
         assert screen.place == "history"
 
     play(script, folder)

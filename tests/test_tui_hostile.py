@@ -279,7 +279,7 @@ def test_what_the_model_and_a_run_say_is_shown_literally(
         await walk(screen, "escape", "6", *"[red]S[/red]", "enter")
         await screen.until(lambda: "said" in screen.text, "answers")
         scan(screen, "the answers")
-        assert "\\x1b[31msaid\\u202e" in screen.text
+        await screen.shows("\\x1b[31msaid\\u202e")
         await walk(screen, "escape", "t")
         assert isinstance(screen.app.screen, Line)
         await walk(screen, *"[b]", "enter", "s")

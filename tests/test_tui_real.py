@@ -87,7 +87,7 @@ def test_a_session_from_the_first_look_to_the_last_undo(folder: Path) -> None:
         await screen.press("space", "space", "p")
         assert len(app.staged) == 2
         await screen.until(lambda: "99." in screen.text or "100.0 %" in screen.text, "what is said now")
-        assert "Paris" in screen.text
+        await screen.shows("Paris")
         await screen.press("g", "y")
         await screen.until(lambda: app.runner.run and not app.runner.going, "the run")
         first = store.head()
