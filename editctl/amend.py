@@ -7,6 +7,7 @@ meant, and to tell what is wrong with an edit, which `spec` does.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from editctl import toml
 from editctl.errors import InvalidInput, Problem
 from editctl.spec import (
     KEYS,
@@ -80,6 +82,40 @@ def remove(path: Path, edit_id: str) -> None:
     _replace(path, after.encode())
 
 
+def head(method: str = "") -> str:
+    """How a file begins; what follows is one `table` after another, an empty line before each."""
+    return f"version = {toml.text(VERSION)}\n" + (f"method = {toml.text(method)}\n" if method else "")
+
+
+def table(edit: Edit) -> str:
+    """The edit as an [[edit]] table, without what the format assumes anyway."""
+    return "[[edit]]\n" + "".join(f"{name} = {_value(edit, name)}\n" for name in _written(edit))
+
+
+def _written(edit: Edit) -> list[str]:
+    """The keys that a table of the edit needs."""
+    own_id = edit.id != slug(edit.subject, edit.relation)
+    return [name for name in KEYS if name in REQUIRED or (getattr(edit, name) and (name != "id" or own_id))]
+
+
+def _value(edit: Edit, name: str) -> str:
+    """The TOML text of one key's value."""
+    value = getattr(edit, name)
+    if name == "extra":
+        return toml.text(toml.held(json.loads(value)) if value else {})
+    return toml.lines([_plain(item) for item in value]) if isinstance(value, tuple) else toml.text(value)
+
+
+def _plain(item: str | Probe) -> Any:
+    """An item of a list, a probe as a text where its prompt is all it has."""
+    if isinstance(item, str):
+        return item
+    fields = {name: part for name, part in item.model_dump().items() if part or name == "prompt"}
+    if len(item.answer) == 1:
+        fields["answer"] = item.answer[0]
+    return fields if len(fields) > 1 else item.prompt
+
+
 def _named(edit: Edit) -> Edit:
     return edit if edit.id else edit.model_copy(update={"id": slug(edit.subject, edit.relation)})
 
@@ -112,7 +148,7 @@ def _with(path: Path, known: Reader, edit: Edit, replacing: str) -> tuple[str, i
     if known.text and edit.method != known.method:
         told = f"the method {quoted(known.method)}" if known.method else "no method of its own"
         raise InvalidInput(f"{path} is for {told}", "save the edit to a file of its own")
-    before = known.text or _head(edit.method)
+    before = known.text or head(edit.method)
     at = replaced[0] if replaced else len(_values(before)[1])
     after = _changed(before, edit, replaced)
     if after is None or not _keeps_others(before, after, at, left=1):
@@ -204,43 +240,17 @@ def _line_ends(made: str, text: str) -> str:
     return re.sub(r"(?<!\r)\n", "\r\n", made) if "\r\n" in text else made
 
 
-def _head(method: str) -> str:
-    """How a new file begins."""
-    import tomlkit
-
-    return tomlkit.dumps({"version": VERSION} | ({"method": method} if method else {}))
-
-
 def _changed(before: str, edit: Edit, replaced: tuple[int, Edit] | None) -> str | None:
     """The text of a file with the edit in place of the replaced one, or at its end; None when it cannot be written."""
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
     from tomlkit.items import AoT, Table
 
-    def value(name: str) -> Any:
-        raw = getattr(edit, name)
-        if not isinstance(raw, tuple):
-            return raw
-        items = tomlkit.array()
-        for item in raw:
-            if isinstance(item, Probe) and (item.answer or item.kind):
-                fields = item.model_dump(exclude_defaults=True)
-                if len(item.answer) == 1:
-                    fields["answer"] = item.answer[0]
-                item = tomlkit.inline_table()
-                item.update({key: list(part) if isinstance(part, tuple) else part for key, part in fields.items()})
-            items.append(item.prompt if isinstance(item, Probe) else item)
-        return items.multiline(len(raw) > 1)
-
-    own_id = edit.id != slug(edit.subject, edit.relation)
-    written = [name for name in KEYS if name in REQUIRED or (getattr(edit, name) and (name != "id" or own_id))]
+    written = _written(edit)
     try:
         if replaced is None:
-            table = tomlkit.table()
-            for name in written:
-                table[name] = value(name)
             above, below = before.rstrip("\r\n"), ""
-            made = "\n\n" + tomlkit.dumps({"edit": AoT([table])})
+            made = "\n\n" + table(edit)
         else:
             index, old = replaced
             place = _table(before, index)
@@ -248,15 +258,15 @@ def _changed(before: str, edit: Edit, replaced: tuple[int, Edit] | None) -> str 
             first, last = (place.begin, place.end) if place else (0, len(before))
             above, below = before[:first], before[last:]
             document = tomlkit.parse(before[first:last])
-            table = document["edit"][0 if place else index]
-            added = [name for name in written if name not in table]
+            found = document["edit"][0 if place else index]
+            added = [name for name in written if name not in found]
             for name in KEYS:
-                if name in added or (name in table and getattr(edit, name) != getattr(old, name)):
-                    table[name] = value(name)
+                if name in added or (name in found and getattr(edit, name) != getattr(old, name)):
+                    found[name] = tomlkit.value(_value(edit, name))
                     if not getattr(edit, name) and name not in REQUIRED:
-                        del table[name]
+                        del found[name]
             # tomlkit puts new keys below the comments and blank lines that lead to the next edit
-            body = table.value.body
+            body = found.value.body
             kept = [entry for entry in body if entry[0] is None or entry[0].key not in added]
             plain = [at for at, (key, item) in enumerate(kept, 1) if key and not isinstance(item, Table | AoT)]
             new = [entry for entry in body if entry[0] is not None and entry[0].key in added]

@@ -15,7 +15,18 @@ from typing import Any, NoReturn
 
 import click
 
-from editctl import __version__, cli_ask, cli_care, cli_export, cli_history, cli_review, cli_tui, talk
+from editctl import (
+    __version__,
+    cli_ask,
+    cli_care,
+    cli_export,
+    cli_history,
+    cli_measure,
+    cli_review,
+    cli_trace,
+    cli_tui,
+    talk,
+)
 from editctl.cli_model import model as model_group
 from editctl.cli_run import carry_out, confirm
 from editctl.cli_study import study as study_group
@@ -228,39 +239,6 @@ def _is_plan(path: Path) -> bool:
 
 
 @cli.command()
-@click.argument("ref", default="@")
-@click.option("--against", default="base", help="Version the answers are compared with.")
-@as_json
-@from_flags
-@click.pass_obj
-def measure(space: Workspace, /, ref: str, against: str, as_json: bool, **flags: Any) -> None:
-    """Rebuild a version, check its weights hash, and ask all its prompts again."""
-    from editctl import report
-
-    space = space.with_flags(**flags)
-    store = space.store()
-    version, other = store.resolve(ref), store.resolve(against)
-    if version is None:
-        raise InvalidInput("base has no edits to measure", "name a version that has some")
-    model = space.made_for([version, other]).load()
-    from editctl.engine import run
-
-    with report.showing_run(report.console(stderr=True)) as emit:
-        answers = run.measure(model, store, version, other, emit)
-    from editctl.metrics import edits as edit_metrics
-
-    metrics = edit_metrics.summary(answers)
-    if as_json:
-        talk.lines(
-            *({"type": "answer", **asdict(answer)} for answer in answers),
-            *({"type": "metric", **asdict(metric)} for metric in metrics),
-        )
-        return
-    talk.show(report.answers_view(answers))
-    talk.show(report.metrics_view(metrics))
-
-
-@cli.command()
 @as_json
 @from_flags
 @click.pass_obj
@@ -294,7 +272,7 @@ def info(space: Workspace, /, as_json: bool, **flags: Any) -> None:
         click.echo(f"{name:14s} {visible(value, 10_000)}")
 
 
-for _rooms in (cli_ask, cli_history, cli_review, cli_care, cli_export, cli_tui):
+for _rooms in (cli_ask, cli_measure, cli_trace, cli_history, cli_review, cli_care, cli_export, cli_tui):
     for _verb in _rooms.verbs:
         cli.add_command(_verb)
 for _group in (model_group, study_group):

@@ -120,7 +120,7 @@ def _say(model: Model, prompts: Sequence[str], wanted: Sequence[Sequence[str]], 
     words = speak.answers(model, prompts)
     following = speak.next_tokens(model, prompts, top) if top else [[] for _ in prompts]
     pairs = [(prompt, answer) for prompt, answers in zip(prompts, wanted, strict=True) for answer in answers]
-    found = iter(speak.probabilities(model, pairs))
+    found = iter(score.probability for score in speak.scores(model, pairs))
     chances = [[next(found) for _ in answers] for answers in wanted]
     return list(map(_Said, words, following, chances))
 

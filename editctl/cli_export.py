@@ -1,6 +1,6 @@
-"""The verbs that carry versions out of the store and into it.
+"""The verb that carries versions out of the store; `cli_import` has those that bring something in.
 
-Knows: export and import. Refuses: to compute; the engine is imported inside.
+Knows: export. Refuses: to compute; the engine is imported inside.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from editctl import talk
-from editctl.cli_run import Asked, carry_out, confirm, makes_version
-from editctl.errors import InvalidInput, StoreError
+from editctl.cli_import import export_specs, import_
+from editctl.errors import InvalidInput
 from editctl.flags import as_json, from_flags
 from editctl.workspace import Workspace
 
@@ -89,72 +89,5 @@ def _record(store: Store, version: Version) -> Record:
     )
 
 
-@click.group("import")
-def import_() -> None:
-    """Bring in what was made elsewhere."""
-
-
-@import_.command()
-@click.argument("folder", type=click.Path())
-@makes_version
-def delta(asked: Asked, /, folder: str) -> None:
-    """Take over a version that `export --format delta` wrote in another workspace.
-
-    It must be made for the same model, and for the unedited one or on top of what the head has. Its weights are
-    rebuilt and compared, its prompts are asked here, and it is held to the gates like any other.
-    """
-    from editctl import export, report
-    from editctl import plan as plan_room
-    from editctl.delta import load
-
-    space, store = asked.space, asked.space.store()
-    record = export.read_bundle(Path(folder))
-    made = record.version
-    _, base = space.source()
-    if made.base != base:
-        raise StoreError(
-            f"the version was made for another model ({made.model}, content {made.base})",
-            f"{space.config.model} has content {base}; name the right one with --model",
-        )
-    with store.lock("import", asked.lock_timeout):
-        head = store.head()
-        below = store.deltas(head)
-        if record.deltas[: len(below)] != below:
-            raise StoreError(
-                "the version does not stand on what the head has",
-                "`editctl restore base` first, or apply its edits from specs",
-            )
-        new = [placed.edit for placed in record.edits if placed.delta not in below]
-        live = [one.known for one in store.edits(head)]
-        plan = plan_room.make(
-            new,
-            live,
-            model=space.config.model,
-            base=base,
-            head=head.id if head else "",
-            params=made.params,
-            gates=space.config.gates,
-        )
-        if not plan.changes:
-            raise InvalidInput("the head has all of this already", "`editctl show` lists its edits")
-        if not asked.as_json:
-            talk.say(report.plan_view(plan))
-        if not asked.yes:
-            confirm("Take these edits over?")
-        given = tuple(load(name, Path(folder) / export.DELTAS) for name in record.deltas[len(below) :])
-        space = space.with_flags(dtype=made.dtype.removeprefix("torch."))
-        carry_out(
-            space,
-            store,
-            plan,
-            base,
-            as_json=asked.as_json,
-            verb="import",
-            note=asked.note,
-            given=given,
-            weights_hash=made.weights_hash,
-        )
-
-
-verbs = (export_, import_)
+verbs = (export_, import_, export_specs)
 """What the command line adds."""

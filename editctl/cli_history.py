@@ -51,6 +51,7 @@ def show(space: Workspace, /, ref: str, everything: bool, as_json: bool) -> None
 
     store = space.store()
     version = store.resolve(ref)
+    found = store.evidence(version.id if version else "")
     if as_json:
         talk.lines(
             {"type": "record", **(asdict(version) if version else {"id": ""})},
@@ -58,11 +59,17 @@ def show(space: Workspace, /, ref: str, everything: bool, as_json: bool) -> None
             *({"type": "answer", **asdict(answer)} for answer in store.answers(version)),
             *({"type": "metric", **asdict(metric)} for metric in store.metrics(version)),
             *({"type": "review", **asdict(review)} for review in (store.reviews(version) if version else ())),
+            *({"type": "evidence", **asdict(one)} for one in found),
         )
-    elif version is None:
+        return
+    if version is None:
         click.echo("base: the unedited model, no edits")
     else:
         talk.show(version_report(store, version, rows=None if everything else report.SHOWN))
+    if found:
+        from editctl import heat
+
+        talk.show(heat.evidence_view(found))
 
 
 @click.command()

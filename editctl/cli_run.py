@@ -107,7 +107,8 @@ def carry_out(space: Workspace, store: Store, plan: Plan, base: str, *, as_json:
     with nullcontext(talk.echo) if as_json else report.showing_run(report.console(stderr=True)) as emit:
         emit(StageStarted("load", 0))
         model = space.with_flags(dtype=plan.params["dtype"]).load()
-        wanted = run.Order(command=talk.command(), recheck=space.config.recheck, **order)
+        config = space.config
+        wanted = run.Order(command=talk.command(), recheck=config.recheck, checks=tuple(config.checks), **order)
         version = run.run(plan, model, base, store, emit, wanted)
     candidate = version.id in store.view().candidates
     if as_json:

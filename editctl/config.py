@@ -6,6 +6,8 @@ for its edits. Refuses: to know what the settings mean; `engine.methods` does.
 
 from __future__ import annotations
 
+import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from editctl.errors import InvalidInput, Problem
+from editctl.files import write_atomically
+from editctl.metrics.values import CHECKS
 from editctl.spec import NotToml, locate, parse, visible
 
 FILE = "editctl.toml"
@@ -20,6 +24,10 @@ MAX_BYTES, MAX_ITEMS, MAX_TEXT, MAX_PROBLEMS = 1_000_000, 1000, 4096, 100
 """Most bytes of the file, items of a list, characters of a text (what Linux takes for a path), and problems told."""
 MAX_BITS = 512
 """Longest whole number, which still is a float and can be printed; what is too much for a setting the setting says."""
+
+
+AFTER_RUN: tuple[str, ...] = CHECKS
+"""What is measured beside answers when the file does not say."""
 
 
 class Config(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -34,6 +42,9 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True):
     settings: dict[str, Any] = Field(default={}, description="Overrides of the method's settings, by name.")
     gates: dict[str, float] = Field(default={}, description="What a version must reach to become the head, by metric.")
     recheck: int = Field(default=1000, ge=0, description="How many of the edits that stay are asked again by a run.")
+    checks: list[str] = Field(
+        default_factory=lambda: list(AFTER_RUN), description=f"What is measured beside answers: {', '.join(CHECKS)}."
+    )
     theme: str = Field(default="", description="Theme of the terminal UI.")
     keys: dict[str, str] = Field(default={}, description="Keys of the terminal UI, by the name that `?` shows.")
 
@@ -60,6 +71,9 @@ def load(path: Path | None = None) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise _invalid(place, [_problem(place, lines, e["loc"], e["msg"]) for e in _first(error)]) from None
+    if unknown := next((name for name in config.checks if name not in CHECKS), None):
+        message, hint = f"no check is called {visible(unknown)}", f"one of: {', '.join(CHECKS)}"
+        raise _invalid(place, [Problem(str(place), lines.get(("checks",), 1), message, hint)])
     problems = []
     for name in sorted(config.model_fields_set):
         value = getattr(config, name)
@@ -86,6 +100,39 @@ def line_of(path: Path | None, where: tuple[str, ...]) -> int:
     except (InvalidInput, NotToml):
         return 1
     return locate(text).get(where, 1)
+
+
+def put(path: Path, where: tuple[str, str], value: Any) -> None:
+    """Set one value in a table of a configuration file, made if absent; all other values and the comments stay.
+
+    Raises:
+        InvalidInput: the file cannot be read, is not TOML or cannot take the value.
+    """
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    place = Path(os.path.realpath(path))  # a link stays a link
+    text, (table, key) = (_read(path) if path.exists() else ""), where
+    try:
+        before = parse(text)
+    except NotToml as error:
+        raise _invalid(path, [Problem(str(path), error.line, f"not TOML: {error}", error.hint)]) from None
+    old = before.get(table, {})
+    try:
+        document = tomlkit.parse(text)
+        document.setdefault(table, tomlkit.table())[key] = value
+        made = tomlkit.dumps(document)
+        made = re.sub(r"(?<!\r)\n", "\r\n", made) if "\r\n" in text else made
+        # Read back before the file is touched: what the writer gets wrong costs a message, never a value.
+        good = parse(made) == {**before, table: {**old, key: value}}
+    except (TOMLKitError, NotToml, ValueError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise InvalidInput(f"{path} cannot take {key} = {value} as it is", f"write it under [{table}] in an editor")
+    mode = place.stat().st_mode if place.exists() else None
+    write_atomically(place, made.encode())
+    if mode is not None:
+        place.chmod(mode)
 
 
 def unfit(value: object) -> str:

@@ -38,7 +38,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """`stage` is one of: load, statistics, before, target, solve, after, commit, rebuild."""
+    """`stage` is one of: load, statistics, before, target, solve, after, commit, rebuild, trace, train."""
 
     stage: str
     total: int

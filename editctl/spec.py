@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
+from editctl import toml
 from editctl.errors import InvalidInput, Problem
 
 VERSION = 1
@@ -35,21 +36,28 @@ MAX_PARTS, MAX_DEPTH = 16, 16
 """Parts of a dotted key, and how far inside a value lines are known; no spec has more than 6."""
 LIMITS = {"id": 80, "subject": 200, "relation": 2000, "target_new": 500, "target_true": 500, "paraphrases": 2000}
 LIMITS |= {"prompt": 2000, "answer": 500, "kind": 100, "tags": 100, "method": 100, "source": 10_000, "note": 10_000}
-"""Longest text of each field, in characters."""
+LIMITS |= {"group": 100, "generation": 2000, "references": 10_000, "essence": 10_000, "extra": 1_000_000}
+"""Longest text of each field, in characters; of `extra`, as JSON."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029"  # controls and line breaks
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions
-    "\xad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"  # never seen; joiners spell words
+    "\xad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # never seen; joiners spell words
+    "\ud800-\udfff]"  # halves of characters, which JSON can spell and no file can hold
 )
-_NOTES = {"source", "note"}
-_LONG_TEXTS = _NOTES | {"relation", "paraphrases", "prompt"}
+_PROSE = {"source", "note", "references", "essence"}
+"""Fields that no model is asked to continue: spaces around them change nothing."""
+_LONG_TEXTS = _PROSE | {"relation", "paraphrases", "prompt", "generation"}
 """Fields that may hold line breaks and tabs."""
-_MAY_BE_EMPTY = _NOTES | {"target_true", "kind", "method"}
+_MAY_BE_EMPTY = {"source", "note", "essence", "target_true", "kind", "group", "method"}
 REQUIRED = ("subject", "relation", "target_new")
+_LISTS = ("paraphrases", "tags", "generation", "references")
+"""Fields that are lists of texts."""
 _PLACED = ("method", "file", "line")
 """Fields of an Edit that are not keys of its table: the first is the file's, the others say where it stands."""
+_ADDED = ("generation", "references", "essence", "extra")
+"""Fields that stores of earlier releases lack: empty ones stay out of the JSON and of the fingerprints of an edit."""
 
 
 class Probe(BaseModel, frozen=True, extra="forbid", defer_build=True):
@@ -58,6 +66,7 @@ class Probe(BaseModel, frozen=True, extra="forbid", defer_build=True):
     prompt: str = Field(description="The text the model continues; {} stands for the edit's subject.")
     answer: tuple[str, ...] = Field(default=(), description="The continuations that count as right.")
     kind: str = Field(default="", description="What the probe tests, for example reasoning or alias.")
+    group: str = Field(default="", description="Probes of one group are one question in several wordings.")
 
 
 class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
@@ -74,6 +83,12 @@ class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
     source: str = Field(default="", description="Why this is so; shown in review.")
     note: str = Field(default="", description="Anything a reviewer should know.")
     tags: tuple[str, ...] = Field(default=(), description="Words to select edits by.")
+    generation: tuple[str, ...] = Field(default=(), description="Openings for free text about the subject.")
+    references: tuple[str, ...] = Field(
+        default=(), description="Texts that free text about the subject should be like."
+    )
+    essence: str = Field(default="", description="A text about the subject, whose perplexity is measured.")
+    extra: str = Field(default="", description="Whatever else is known of the edit, under any keys.")
     method: str = ""
     file: str = Field(default="", exclude=True)  # where the edit was declared
     line: int = Field(default=0, exclude=True)
@@ -99,6 +114,11 @@ class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
         return tuple(fill(probe.prompt, self.subject) for probe in self.portability)
 
     @property
+    def generation_prompts(self) -> tuple[str, ...]:
+        """The openings of free text about this subject."""
+        return tuple(fill(text, self.subject) for text in self.generation)
+
+    @property
     def whole(self) -> Edit:
         """Itself; of an edit in a store less is known until it is read whole."""
         return self
@@ -111,16 +131,34 @@ class Edit(BaseModel, frozen=True, extra="forbid", defer_build=True):
     @property
     def notes_fingerprint(self) -> str:
         """16 hex digits over what is measured or remembered: all fields that neither change the weights nor name."""
-        return _fingerprint(self.model_dump(mode="json", exclude={*REQUIRED, "method", "id"}))
+        data = self.to_json()
+        return _fingerprint({name: data[name] for name in data if name not in (*REQUIRED, "method", "id")})
 
     def to_json(self) -> dict[str, Any]:
         """All fields but `file` and `line`, as JSON values."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude={name for name in _ADDED if not getattr(self, name)})
+        for probe in (*data["locality"], *data["portability"]):
+            if not probe["group"]:
+                del probe["group"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Edit:
         """The edit that `to_json` wrote; raises pydantic's ValidationError for anything else."""
         return cls.model_validate(data)
+
+    @field_validator("extra")
+    @classmethod
+    def _is_a_table(cls, value: str) -> str:
+        """JSON, for whoever reads an edit relies on it; `Reader` tells what is wrong with a file's."""
+        if value:
+            try:
+                table = json.loads(value)
+            except RecursionError:
+                table = None
+            if not isinstance(table, dict):
+                raise ValueError("not the JSON text of a table")
+        return value
 
 
 @dataclass(frozen=True)
@@ -241,7 +279,10 @@ def json_schema() -> dict[str, Any]:
     for name, field in (*schema["properties"].items(), *probe["properties"].items()):
         if field["type"] == "array":
             field["maxItems"] = MAX_ITEMS
-        if name in LIMITS:
+        if name == "extra":
+            field["type"] = "object"
+            del field["default"]
+        elif name in LIMITS:
             field.get("items", field)["maxLength"] = LIMITS[name]
         else:
             text = {"type": "string", "maxLength": LIMITS["prompt"]}
@@ -384,6 +425,7 @@ _Where = tuple[str | int, ...]
 
 KEYS = tuple(name for name in Edit.model_fields if name not in _PLACED)
 _NOUNS = {"paraphrases": "paraphrase", "tags": "tag", "locality": "locality probe", "portability": "portability probe"}
+_NOUNS |= {"generation": "generation prompt", "references": "reference"}
 
 
 class Reader:
@@ -498,13 +540,13 @@ class Reader:
             # Nothing more is said of it: what follows is meant for short texts, and takes long ones long.
             self.problem(where, message, "say it shorter")
             return ""
-        hidden = [c for c in _HIDDEN.findall(value) if c not in "\n\t" or name not in _LONG_TEXTS]
-        if hidden:
+        hidden = "" if value.isprintable() else _HIDDEN.findall(value)
+        if hidden := [c for c in hidden if c not in "\n\t" or name not in _LONG_TEXTS]:
             message = f"{_label(where)} contains {_hidden_name(hidden[0])} {visible(hidden[0])}: {quoted(value)}"
             self.problem(
                 where, message, "take it out: readers do not see it, and a model reads it as tokens of its own"
             )
-        elif name not in _NOTES and value != value.strip():
+        elif name not in _PROSE and value != value.strip():
             hint = "take it out: a space at the end changes the tokens of the prompt and of its answer"
             self.problem(where, f"{_label(where)} begins or ends with a space: {quoted(value)}", hint)
         return value
@@ -537,7 +579,27 @@ class Reader:
             prompt=self._text(value["prompt"], (*where, "prompt")) if "prompt" in value else "",
             answer=self._texts(answer, at) if isinstance(answer, list) else (self._text(answer, at),),
             kind=self._text(value.get("kind", ""), (*where, "kind")),
+            group=self._text(value.get("group", ""), (*where, "group")),
         )
+
+    def _extra(self, value: object, where: _Where) -> str:
+        """The table as JSON text; empty, with a problem, for what is none."""
+        if not isinstance(value, dict):
+            self.problem(where, f"extra is {_type(value)}, not a table", "write a table: extra = { case = 7 }")
+            return ""
+        try:
+            text = toml.canonical(table) if isinstance(table := toml.told(value), dict) else ""
+        except (ValueError, RecursionError) as error:
+            message = "holds a number of too many digits" if "digits" in str(error) else visible(str(error), 200)
+            self.problem(where, f"extra {message}", "write plain texts, numbers, lists and tables")
+            return ""
+        if not text:
+            self.problem(where, "extra is not a table", "write a table: extra = { case = 7 }")
+        elif len(text) > LIMITS["extra"]:
+            message = f"extra has {len(text)} characters as JSON, at most {LIMITS['extra']} are allowed"
+            self.problem(where, message, "keep what tells most")
+            return ""
+        return "" if text == "{}" else text
 
     def _edit(self, raw: object, index: int) -> None:
         where = ("edit", index)
@@ -554,8 +616,10 @@ class Reader:
             elif name in ("locality", "portability"):
                 probes = enumerate(self._list(raw[name], at))
                 values[name] = tuple(self._probe(item, (*at, position)) for position, item in probes)
+            elif name == "extra":
+                values[name] = self._extra(raw[name], at)
             else:
-                values[name] = (self._texts if name in ("paraphrases", "tags") else self._text)(raw[name], at)
+                values[name] = (self._texts if name in _LISTS else self._text)(raw[name], at)
         if "id" in raw:
             if values["id"] and not _ID.fullmatch(values["id"]):
                 hint = f'use a-z, 0-9, ".", "_" and "-", and begin with a letter or digit: id = "{slug(values["id"])}"'
@@ -569,6 +633,8 @@ class Reader:
         if edit.subject and edit.relation:
             self._check_relation(edit, where)
             self._check_paraphrases(edit, where)
+        for position, text in enumerate(edit.generation):
+            self._slots(text, (*where, "generation", position))
         self._check_locality(edit, where)
         self._check_portability(edit, where)
 
@@ -590,7 +656,7 @@ class Reader:
 
     def _check_relation(self, edit: Edit, where: _Where) -> None:
         at = (*where, "relation")
-        slots, named = self._slots(edit.relation, at), _mentions(edit.subject, edit.relation)
+        slots, named = self._slots(edit.relation, at), len(mentions(edit.subject, edit.relation))
         if slots == 1 and named:
             hint = "keep one of the two: the subject is looked up at {}"
             self.problem(at, f"relation names the subject {quoted(edit.subject)} beside {{}}", hint)
@@ -612,7 +678,7 @@ class Reader:
             at = (*where, "paraphrases", position)
             if not text or self._slots(text, at) > 1:
                 continue
-            named = _mentions(edit.subject, text)
+            named = len(mentions(edit.subject, text))
             if prompt == edit.prompt:
                 self.problem(at, f"{_label(at)} is the prompt of the edit itself", "reword it or take it out")
             elif prompt in seen:
@@ -634,18 +700,50 @@ class Reader:
                 self.problem(at, f"{_label(at)} is a prompt that the edit changes", hint)
             elif prompt in seen:
                 self.problem(at, f"{_label(at)} repeats locality probe {seen[prompt] + 1}", "take one out")
-            elif SLOT not in probe.prompt and edit.subject and _mentions(edit.subject, prompt):
+            elif SLOT not in probe.prompt and edit.subject and mentions(edit.subject, prompt):
                 hint = "write {} for another fact about the subject that must stay, or move it to portability"
                 self.problem(at, f"{_label(at)} is about the subject: {quoted(prompt)}", hint)
+            if probe.group:
+                hint = "take it out: a group counts when one of its answers is right, and locality asks for none"
+                self.problem(at, f"{_label(at)} has a group", hint)
             seen.setdefault(prompt, position)
 
     def _check_portability(self, edit: Edit, where: _Where) -> None:
+        kinds: dict[str, str] = {}
         for position, probe in enumerate(edit.portability):
             at = (*where, "portability", position)
             self._slots(probe.prompt, at)
+            if probe.group and kinds.setdefault(probe.group, probe.kind) != probe.kind:
+                message = f"{_label(at)} is of another kind than the rest of its group {quoted(probe.group)}"
+                self.problem(at, message, "give all probes of a group one kind: together they are one question")
             if probe.prompt and not probe.answer:
                 hint = 'write { prompt = "…", answer = "…" }: only an answer tells whether the edit carried over'
                 self.problem(at, f"{_label(at)} has no answer", hint)
+
+
+class _Judge(Reader):
+    """A table that no file holds yet."""
+
+    def __init__(self, table: Mapping[str, object]) -> None:
+        super().__init__("", "")
+        self.found: list[tuple[_Where, str]] = []
+        self._edit(table, 0)
+
+    def line(self, where: _Where) -> int:
+        return 0
+
+    def problem(self, where: _Where, message: str, hint: str = "") -> None:
+        if where:
+            self.found.append((where[2:], message))
+
+    def warn(self, where: _Where, message: str, hint: str) -> None:
+        pass
+
+
+def judge(table: Mapping[str, object]) -> tuple[Edit, list[tuple[tuple[str | int, ...], str]]]:
+    """The edit of a table as TOML would hold it, and what is wrong with it by itself: where in the table, and what."""
+    judge = _Judge(table)
+    return judge.edits[0][1], judge.found
 
 
 def _check_together(found: Sequence[tuple[Reader, int, Edit]]) -> None:
@@ -785,8 +883,8 @@ def _label(where: _Where) -> str:
 
 def _field(where: _Where) -> str:
     """The key of LIMITS that a value comes under."""
-    names = [part for part in where if isinstance(part, str)]
-    return "prompt" if names[-1] in ("locality", "portability") else names[-1]
+    name = str(where[-2] if isinstance(where[-1], int) else where[-1])
+    return "prompt" if name in ("locality", "portability") else name
 
 
 def _told(value: object) -> str:
@@ -814,6 +912,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _hidden_name(character: str) -> str:
     if character in "\n\r\u2028\u2029\x85":
         return "a line break"
+    if "\ud800" <= character <= "\udfff":
+        return "half a character"
     if character in "\u200b\ufeff":
         return "an invisible character"
     return "a direction override" if character > "\u2029" else "a control character"
@@ -823,13 +923,24 @@ def _place(edit: Edit) -> str:
     return f"{visible(edit.file, 500)}:{edit.line}"
 
 
-def _mentions(subject: str, text: str) -> int:
-    """How often the text names the subject in whole words; letters without case belong to scripts without spaces."""
-    if subject not in text:
-        return 0
+def mentions(subject: str, text: str) -> list[int]:
+    """Where the text names the subject in whole words; letters without case belong to scripts without spaces."""
+    found: list[int] = []
+    at = text.find(subject)
+    if at < 0:
+        return found
     first, last = (c.isdigit() or c.lower() != c.upper() for c in (subject[0], subject[-1]))
-    words = (r"(?<!\w)" if first else "") + re.escape(subject) + (r"(?!\w)" if last else "")
-    return len(re.findall(words, text))
+    while at >= 0:
+        end = at + len(subject)
+        within = (first and _in_word(text[max(0, at - 1) : at])) or (last and _in_word(text[end : end + 1]))
+        if not within:
+            found.append(at)
+        at = text.find(subject, at + 1 if within else end)
+    return found
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _near(subject: str, text: str) -> str:

@@ -112,6 +112,14 @@ class Workspace:
         folder = source.locate(self.config.model)
         return folder, source.identity(folder, trusted=self.trusting)
 
+    def usual(self) -> int:
+        """How many blocks of the model the method edits, whatever the configuration names."""
+        from editctl.engine import methods, source
+
+        folder, _ = self.source()
+        others = {name: value for name, value in self.config.settings.items() if name != "layers"}
+        return len(methods.settings(source.configuration(folder), self.config.method, others).layers)
+
     @property
     def trusting(self) -> bool:
         """Whether code that the model brings may be run: said on the command line each time, in no file."""

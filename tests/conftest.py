@@ -20,6 +20,14 @@ os.environ["HF_MODULES_CACHE"] = _COPIES.name
 KINDS = ("gpt2", "llama")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _unchecked() -> None:
+    """What is measured beside answers takes ten times as long as a run of a tiny model; tests that want it say so."""
+    from editctl import config
+
+    config.AFTER_RUN = ()
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny models by kind."""

@@ -40,6 +40,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from editctl.importers.names import NAMES as FORMATS
+
 ROOT = Path(__file__).parents[1]
 SAMPLES = Path(os.environ.get("EDITCTL_SAMPLES", ROOT / "../shared/data")) / "malformed"
 PATIENCE = 5 * float(os.environ.get("EDITCTL_TIME_FACTOR", "1"))
@@ -733,7 +735,8 @@ def fill_store(folder: Path, plan: dict[str, Any], text: str) -> None:
     head, lives = "", []
     for number in range(4):
         named: dict[str, Any] = {"id": f"{word}-{number}", "subject": f"{text} {number}", "relation": f"{{}} {text}"}
-        edit = filled(Edit, text, **named, method="", line=1, locality=probes, portability=probes)
+        named |= {"method": "", "line": 1, "extra": json.dumps({text: [text]})}
+        edit = filled(Edit, text, **named, locality=probes, portability=probes)
         answers = tuple(filled(Answer, text, edit=edit.id, kind=kind, ok=number == 1) for kind in QUESTIONS)
         metrics = (filled(Metric, text, name="reliability", protocol="generated"), filled(Metric, text))
         gates = {"reliability": 0.9} if number == 3 else {}
@@ -884,7 +887,9 @@ SHOWN: dict[str, list[list[str]]] = {
     "backup": [["backup", NAME]],
     "diff": [["diff"], ["diff", "base", "@"], ["diff", "@", "base"], ["diff", "@", "candidate"]],
     "drop": [["drop", WORD + "-2", "--yes", "-m", WORD], ["drop", WORD]],
+    "export-specs": [["export-specs", FILE_NAME, "-o", NAME], ["export-specs", FILE_NAME, "-o", NAME]],
     "gc": [["gc"]],
+    "import file": [["import", "bench.json", "-o", "new.toml", "--yes"], ["import", NAME, "-o", "new.toml"]],
     "info": [["info"]],
     "log": [["log"], ["log", "--all"], ["log", "-n", "2"]],
     "measure": [["measure"], ["measure", "@-"]],
@@ -895,6 +900,13 @@ SHOWN: dict[str, list[list[str]]] = {
     "restore": [["restore", "@-"], ["restore", WORD]],
     "show": [["show"], ["show", "--all"], ["show", "candidate", "--all"], ["show", "@-"], ["show", WORD]],
     "squash": [["squash", "--yes"]],
+    "trace": [
+        ["trace", FILE_NAME, "--samples", "2"],
+        ["trace", FILE_NAME, "--edit", WORD],
+        ["trace", "{" + NAME + "} is in", "--answer", WORD, "--use"],
+        ["trace", WORD, "--subject", WORD],
+        ["show", "base"],
+    ],
     "undo": [["undo"]],
     "validate": [["validate", FILE_NAME], ["validate", "bad.toml"], ["validate", "specs", WORD]],
     "verify": [["verify"], ["verify", "--repair"], ["verify", "--no-rebuild"]],
@@ -912,11 +924,15 @@ REQUESTS: list[Any] = [
 APART = {
     "export": "writes files and prints their folder and sizes",
     "import delta": "prints the plan and the version that apply prints, from a folder that export wrote",
+    **{f"import {name}": "prints what `import file` prints" for name in FORMATS},
     "methods": "prints constants",
     "model inspect": "prints names and sizes of a loaded model's modules",
     "model statistics": "prints names and numbers of a loaded model's modules",
     "schema": "prints a constant",
     "study methods": "prints numbers of a run that needs a model",
+    "study prepare": "prints numbers of a training",
+    "study projection": "prints numbers of a run that needs a model",
+    "study ratio": "prints numbers of a run that needs a model",
     "study runtime": "prints numbers of a run that needs a model",
     "study sequential": "prints numbers of a run that needs a model",
     "study specs": "prints numbers of a run that needs a model",
@@ -958,6 +974,7 @@ def pretend(text: str) -> None:
             "next_tokens": lambda model, prompts, top: [[(text, 0.5)] * top for _ in prompts],
             "probabilities": lambda model, pairs: [0.5 for _ in pairs],
         },
+        "trace": {"trace": lambda model, cases, **options: [traced(case, text) for case in cases]},
         "wear": {
             "wearing": lambda model, store, version: nullcontext(),
             "rebuild_all": lambda model, store, versions, emit: {v.id: ModelError(text, text) for v in versions[:1]},
@@ -969,6 +986,16 @@ def pretend(text: str) -> None:
         sys.modules[room.__name__] = room
         setattr(editctl.engine, name, room)
     setattr(Workspace, "load", lambda self: SimpleNamespace(device=text, dtype=text))  # noqa: B010
+
+
+def traced(case: Any, text: str) -> Any:
+    """A trace of a prompt that is all hostile."""
+    from editctl.metrics.effects import KINDS, Trace, roles
+
+    effects = dict.fromkeys(KINDS, ((0.0, 0.5, -0.1),) * 4)
+    texts = {"edit": case.edit, "prompt": case.prompt, "subject": case.subject, "answer": text, "token": text}
+    numbers = {"clean": 0.9, "corrupted": 0.1, "window": 3, "samples": 2, "seed": 0, "noise": 0.5}
+    return Trace(**texts, **numbers, tokens=(text,) * 4, roles=roles(4, 1, 3), effects=effects)
 
 
 def markup_acted(text: str) -> bool:
@@ -991,6 +1018,10 @@ def show_all(
     with working_in(workspace):
         Path(FILE_NAME).write_text(good, encoding="utf-8")
         Path("bad.toml").write_text(bad, encoding="utf-8")
+        asked = {"prompt": "[/] [bold]mrk :smile:", "subject": "[bold]mrk"}
+        asked |= {"ground_truth": "x", "rephrase_prompt": HOSTILE}
+        bench = [{**asked, "target_new": "[bold]mrk"}, {**asked, "target_new": HOSTILE, "case_id": HOSTILE}]
+        Path("bench.json").write_text(json.dumps(bench), encoding="utf-8")
     figures = Figures()
     seen: dict[str, list[bool]] = {}
     for name, command in leaves(root).items():

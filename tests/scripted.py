@@ -20,11 +20,11 @@ from editctl import events, plan
 from editctl.errors import EditctlError, Exit
 from editctl.files import digest_of
 from editctl.metrics import edits as edit_metrics
-from editctl.metrics import gates
+from editctl.metrics import effects, gates
 from editctl.metrics.edits import Question
 from editctl.metrics.values import REWRITE, Answer
 from editctl.plan import DROP, REMEASURE, REPLACE, Plan
-from editctl.spec import Edit
+from editctl.spec import Edit, load
 from editctl.store import Draft, LiveEdit, Store, Version
 from editctl.workspace import Workspace
 
@@ -255,6 +255,9 @@ class Scripted:
             lives = [live.known for live in engine.store.edits(version)]
             kept: dict[str, Any] = {"model": "atlas", "base": version.base, "params": version.params}
             made = plan.without(lives, ids, head=version.id, gates=version.gates, reason="rejected", **kept)
+        elif verb == "trace":
+            await self._trace(words[at + 1 :])
+            return
         else:
             self._lines.put_nowait(f"{verb}: all is well")
             self._end(Exit.OK)
@@ -277,6 +280,26 @@ class Scripted:
         last = events.VersionMade(version.id, version.parent, version.weights_hash, {"edit": 2.0}, 612.0, waits)
         self._lines.put_nowait(events.to_line(last))
         self._end(Exit.GATE if waits else Exit.OK)
+
+    async def _trace(self, words: Sequence[str]) -> None:
+        """Trace an edit, or all and what they add up to, on a model of seven blocks."""
+        engine = self.engine
+        version = engine.store.resolve(words[words.index("--ref") + 1])
+        ids = [words[at + 1] for at, word in enumerate(words) if word == "--edit"]
+        known = [edit for edit in load([Path("specs")]) if not ids or edit.id in ids]
+        live = {edit.id for edit in engine.lives(version)}
+        traces = [traced(edit, edit.target_new if edit.id in live else edit.target_true or UNKNOWN) for edit in known]
+        for done, trace in enumerate(traces, 1):
+            if engine.hold is not None:
+                await engine.hold.wait()
+            engine.store.add_evidence(version.id if version else "", effects.TRACE, trace.edit, trace.to_json())
+            more = {"total": trace.total, "counts": trace.counts}
+            self._lines.put_nowait(json.dumps({"type": "trace", **trace.to_json(), **more}))
+            self._lines.put_nowait(events.to_line(events.Progress("trace", done, len(traces))))
+        if len(traces) > 1:
+            found = effects.summary(traces, 3).to_json()
+            engine.store.add_evidence(version.id if version else "", effects.AVERAGES, "", found)
+        self._end(Exit.OK)
 
     async def _answer(self, line: str) -> None:
         if not line:
@@ -307,4 +330,38 @@ class Scripted:
         self._lines.put_nowait(json.dumps({**found, "answers": answers}))
 
 
-VERBS = ("apply", "reject", "drop", "replay", "squash", "export", "verify", "measure", "gc", "backup", "import")
+def traced(edit: Edit, answer: str) -> effects.Trace:
+    """A trace with an early site at the subject's last token and a late one at the prompt's."""
+    start = edit.relation.index("{}")
+    words = [edit.relation[:start], *edit.subject.split(), *edit.relation[start + 2 :].split()]
+    tokens = [word for word in words if word.strip()]
+    first = 1 if edit.relation[:start].strip() else 0
+    roles = effects.roles(len(tokens), first, first + len(edit.subject.split()))
+
+    def cell(kind: str, role: str, block: int) -> float:
+        if role == effects.SUBJECT:
+            early = {effects.STATE: 0.9, effects.MLP: 0.75, effects.ATTENTION: 0.1}[kind]
+            return early * (1 - abs(block - 2) / 6) if block < 6 else 0.0
+        late = role == effects.LAST and kind != effects.MLP and block > 4
+        return 0.875 if late else 0.125 if role == effects.FIRST and block < 3 else -0.03125 * (block % 2)
+
+    rows = {kind: tuple(tuple(cell(kind, role, b) for b in range(7)) for role in roles) for kind in effects.KINDS}
+    texts = {"edit": edit.id, "prompt": edit.prompt, "subject": edit.subject, "answer": answer, "token": f" {answer}"}
+    numbers = {"clean": 0.96875, "corrupted": 0.0625, "window": 3, "samples": 10, "seed": 0, "noise": 0.318}
+    return effects.Trace(**texts, **numbers, tokens=tuple(tokens), roles=roles, effects=rows)
+
+
+VERBS = (
+    "apply",
+    "reject",
+    "drop",
+    "replay",
+    "squash",
+    "export",
+    "verify",
+    "measure",
+    "gc",
+    "backup",
+    "import",
+    "trace",
+)

@@ -10,7 +10,7 @@ import tomlkit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from editctl import amend, spec
+from editctl import amend, spec, toml
 from editctl.amend import remove, save, text_with
 from editctl.errors import InvalidInput
 from editctl.spec import Edit, Probe, Shelf, check, load
@@ -169,8 +169,17 @@ def texts(mark):
 def probes(mark):
     prompts = st.builds("{}{}".format, texts(mark), st.sampled_from(["", " {} ?", "{0}?", "\t\n."]))
     answers = st.lists(texts("a"), min_size=1, max_size=3).map(tuple)
-    found = st.builds(Probe, prompt=prompts, answer=answers, kind=st.sampled_from(["", "reasoning"]))
+    groups = st.just("") if mark == "l" else st.sampled_from(["", "one"])
+    found = st.builds(Probe, prompt=prompts, answer=answers, kind=st.just("reasoning"), group=groups)
     return st.lists(found, max_size=3, unique_by=lambda probe: probe.prompt).map(tuple)
+
+
+def tables(inner):
+    return st.dictionaries(st.sampled_from(["json", "a b", "", "\ud800", "x"]), inner, max_size=3)
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | tables(inner), max_leaves=8)
 
 
 edits = st.builds(
@@ -186,6 +195,10 @@ edits = st.builds(
     source=st.just("") | texts("s"),
     note=texts("n").map(lambda text: f'"{text}\n\'\'\' """ \\ '),
     tags=st.lists(texts("g"), max_size=2).map(tuple),
+    generation=st.lists(texts("e").map(lambda text: "{}\n" + text), max_size=3).map(tuple),
+    references=st.lists(texts("f").map(lambda text: f" {text}\t"), max_size=2).map(tuple),
+    essence=st.just("") | texts("e"),
+    extra=tables(values).map(lambda table: toml.canonical(table) if table else ""),
 )
 
 
@@ -210,6 +223,40 @@ def test_an_edit_with_a_problem_is_not_saved(change):
             save(FILE, wrong, replacing)
         assert len(caught.value.problems) == 1
         assert FILE.read_text() == HEAD
+
+
+def test_a_table_of_extra_values_is_kept_until_it_changes():
+    """Written by hand it stays as it stands; a changed one is written in its place, on a line."""
+    text = COMMENTED.replace("\n# The museum", "[edit.extra]  # from a list\ncase = 7\n\n# The museum")
+    FILE.write_text(text)
+    tower, _ = load([FILE])
+    assert tower.extra == '{"case":7}'
+    noted = tower.model_copy(update={"note": "moved"})
+    save(FILE, noted, replacing=tower.id)
+    assert FILE.read_text() == text.replace("]\n# end of the tower\n", ']\nnote = "moved"\n# end of the tower\n\n')
+    other = noted.model_copy(update={"extra": '{"case":8,"old":null}'})
+    save(FILE, other, replacing=tower.id)
+    assert load([FILE])[0].to_json() == other.to_json()
+    assert 'extra = {case = 8, old = {json = "null"}}\n' in FILE.read_text()
+    save(FILE, other.model_copy(update={"extra": ""}), replacing=tower.id)
+    assert load([FILE])[0].extra == ""
+
+
+@quick
+@given(values)
+def test_every_json_value_survives_a_toml_file(value):
+    """Null, numbers of any size, halves of characters, deep nesting and the escape itself."""
+    for deep in (value, [[[[[[[[[[[[[[value]]]]]]]]]]]]]]):
+        text = "x = " + toml.text(toml.held(deep))
+        assert toml.canonical(toml.told(tomli.loads(text)["x"])) == toml.canonical(deep)
+
+
+def test_a_value_that_toml_lacks_is_lost_without_the_escape():
+    """Control: the plain text of null is no TOML, and a lone key json means something."""
+    with pytest.raises(tomli.TOMLDecodeError):
+        tomli.loads(f"x = {toml.text(None)}")
+    assert toml.told({"json": "null"}) is None
+    assert toml.told(toml.held({"json": "null"})) == {"json": "null"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from editctl.config import Config, line_of, load
+from editctl.config import Config, line_of, load, put
 from editctl.errors import Exit, InvalidInput
 
 FILE = Path("editctl.toml")
@@ -29,13 +29,14 @@ def test_every_key_can_be_set() -> None:
     """And what is not set keeps its default."""
     FILE.write_text(
         'model = "gpt2"\ndevice = "cpu"\ndtype = "float32"\nmethod = "memit"\nstore = "here"\nspecs = ["a", "b.toml"]\n'
-        "recheck = 7\ntheme = 'nord'\n[settings]\nbatch_size = 5\nlayers = [1, 2]\n"
+        "recheck = 7\ntheme = 'nord'\nchecks = ['drift']\n[settings]\nbatch_size = 5\nlayers = [1, 2]\n"
         "[gates]\nreliability = 0.95\nlocality = 1\n[keys]\napply = 'a'\n'list.filter' = 'f,slash'\n"
     )
     config = load()
     assert config.specs == ["a", "b.toml"]
     assert config.settings == {"batch_size": 5, "layers": [1, 2]}
     assert (config.recheck, config.gates) == (7, {"reliability": 0.95, "locality": 1.0})
+    assert config.checks == ["drift"]
     assert (config.theme, config.keys) == ("nord", {"apply": "a", "list.filter": "f,slash"})
     assert set(Config.model_fields) == config.model_fields_set
 
@@ -56,6 +57,7 @@ def test_a_file_that_is_named_must_be_there() -> None:
     ("text", "said", "hint"),
     [
         ('store = "s"\n\nmodle = "gpt2"\n', "editctl.toml:3: unknown key modle", "did you mean model?"),
+        ('checks = ["drift",\n"beauty"]\n', "editctl.toml:1: no check is called beauty", "one of: drift, perplexity"),
         ("zzz = 1\n", "editctl.toml:1: unknown key zzz", "known keys: model, device"),
         ('model = "a"\nstore = 3\n', "editctl.toml:2: store: input should be a valid string", "store: Folder of"),
         ('specs = "specs"\n', "editctl.toml:1: specs: input should be a valid list", "specs: Spec files"),
@@ -151,3 +153,55 @@ def test_a_folder_of_that_name_is_no_configuration() -> None:
     assert load() == Config()
     with pytest.raises(InvalidInput, match="cannot be read"):
         load(FILE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing one value
+
+LAYERS = ("settings", "layers")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "[settings]\nlayers = [1, 2]\n"),
+        ("# mine\nmodel = 'a' # b", "# mine\nmodel = 'a' # b\n[settings]\nlayers = [1, 2]\n"),
+        ("[settings]\n# few\nsteps = 3 # x\n", "[settings]\n# few\nsteps = 3 # x\nlayers = [1, 2]\n"),
+        ("[settings]\nlayers = [7] # why\nsteps = 3\n", "[settings]\nlayers = [1, 2] # why\nsteps = 3\n"),
+        ("[settings]\n[gates]\nlocality = 1\n", "[settings]\nlayers = [1, 2]\n[gates]\nlocality = 1\n"),
+        ("settings = { steps = 3 } # s\n", "settings = { steps = 3, layers = [1, 2]} # s\n"),
+        ("settings.steps = 3\n", "settings.steps = 3\nsettings.layers = [1, 2]\n"),
+        ("[settings]\r\nsteps = 3\r\n", "[settings]\r\nsteps = 3\r\nlayers = [1, 2]\r\n"),
+    ],
+)
+def test_a_value_is_put_where_it_belongs_and_all_else_stays(before: str, after: str) -> None:
+    """Comments, order, other tables and line ends; however the table is written. Twice changes nothing more."""
+    if before:
+        FILE.write_bytes(before.encode())
+    for _ in range(2):
+        put(FILE, LAYERS, [1, 2])
+        assert FILE.read_bytes().decode() == after
+    assert load().settings["layers"] == [1, 2]
+    assert [path.name for path in Path().iterdir()] == [FILE.name]
+
+
+@pytest.mark.parametrize("text", ["[settings", "settings = 3\n", "settings = [1]\n"])
+def test_a_file_that_cannot_take_a_value_is_left_as_it_is(text: str) -> None:
+    """With a remedy; and so is what is no text at all."""
+    FILE.write_text(text)
+    with pytest.raises(InvalidInput) as refused:
+        put(FILE, LAYERS, [1, 2])
+    assert FILE.read_text() == text and str(FILE) in refused.value.message
+    FILE.write_bytes(b"\xff")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        put(FILE, LAYERS, [1, 2])
+
+
+def test_a_link_and_its_permissions_stay_when_a_value_is_put() -> None:
+    """What it points to is written."""
+    real = Path("real.toml")
+    real.write_text("[settings]\n")
+    real.chmod(0o640)
+    FILE.symlink_to(real)
+    put(FILE, LAYERS, [1])
+    assert FILE.is_symlink() and "layers = [1]" in real.read_text() and real.stat().st_mode & 0o777 == 0o640

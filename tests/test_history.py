@@ -33,7 +33,7 @@ from editctl.delta import compose
 from editctl.engine import editor as editor_room
 from editctl.engine import methods, prompts, speak, wear
 from editctl.engine import run as run_room
-from editctl.engine.asking import Said
+from editctl.engine.asking import Said, Scored
 from editctl.engine.editor import Editor
 from editctl.engine.keys import Stage
 from editctl.engine.model import Block, Editing, Model, Response, combine_digests, tensor_digest
@@ -235,14 +235,15 @@ def stub_tune(model: Stub, layer: int, requests: Sequence[Any], *_: Any, project
     return update if projector is None else projector(update)
 
 
-def stub_ask(model: Model, asked: Sequence[Question], stage: str, emit: Any) -> Said:
+def stub_ask(model: Model, asked: Sequence[Question], stage: str, emit: Any, recall: Any = None) -> Said:
     """Stands in for `ask_all`: the weights' hash, and after a run the fact itself unless it is never said."""
     worn = model.weights_hash()
     words = {}
     for one in asked:
         learnt = stage == "after" and one.kind == REWRITE and one.wanted != (NEVER,)
         words[one] = one.wanted[0] if learnt else worn
-    return Said(words, {one: (score(worn), 1 - score(worn)) if one.wanted else (None, None) for one in asked})
+    scored = {one: Scored(score(worn), 1 - score(worn)) if one.wanted else Scored() for one in asked}
+    return Said(words, scored)
 
 
 def score(worn: str) -> float:

@@ -19,6 +19,7 @@ from editctl.metrics.values import (
     LOCALITY,
     PARAPHRASE,
     PORTABILITY,
+    PROBABILITY,
     REWRITE,
     TEACHER_FORCED,
     Answer,
@@ -117,7 +118,7 @@ def test_every_prompt_of_an_edit_is_asked() -> None:
         Question("tower", REWRITE, "The Eiffel Tower is located in the city of", ("Rome",)),
         Question("tower", PARAPHRASE, "The Eiffel Tower stands in", ("Rome",)),
         Question("tower", PARAPHRASE, "Where is The Eiffel Tower? In", ("Rome",)),
-        Question("tower", LOCALITY, "The Louvre is in", ("Paris",)),
+        Question("tower", LOCALITY, "The Louvre is in", ("Paris",), rival="Rome"),
         Question("tower", LOCALITY, "The Eiffel Tower is made of", ()),
         Question("tower", PORTABILITY, "The country of The Eiffel Tower is", ("Italy", "Italia")),
     ]
@@ -242,18 +243,19 @@ def test_a_gate_that_this_editctl_does_not_know_fails_as_one_that_cannot_be_meas
 
 
 def test_every_metric_of_edits_can_be_held_to() -> None:
-    """In the model's own words, and teacher-forced where a wanted answer exists."""
+    """In each of its protocols; one that has no rival to compare with has no probability."""
     for name in NAMES.values():
-        gates.check({name: 0.5})
-    assert len(gates.NAMED) == 2 * len(NAMES) - 1
-    assert {gate.partition(".")[2] or GENERATED for gate in gates.NAMED} == {GENERATED, TEACHER_FORCED}
+        gates.check({name: 0.5, f"{name}.teacher-forced": 0.5})
+    gates.check({"locality.probability": 0.5, "retention": 1, "score": 0.5})
+    assert len(gates.NAMED) == len(set(gates.NAMED)) == 3 * len(NAMES) - 1 + 2
+    assert {gate.partition(".")[2] or GENERATED for gate in gates.NAMED} == {GENERATED, TEACHER_FORCED, PROBABILITY}
 
 
 @pytest.mark.parametrize(
     ("name", "wanted", "message", "hint"),
     [
         ("reliabilty", 0.5, "there is no metric reliabilty", "did you mean reliability?"),
-        ("locality.teacher-forced", 0.5, "there is no metric locality.teacher-forced", "did you mean"),
+        ("portability.probability", 0.5, "there is no metric portability.probability", "did you mean"),
         ("reliability.generated", 0.5, "there is no metric reliability.generated", "did you mean reliability"),
         ("zzz", 0.5, "there is no metric zzz", "one of: reliability, generalization"),
         ("", 0.5, "there is no metric ", "one of: "),

@@ -21,11 +21,12 @@ from torch import Tensor
 from editctl import delta as delta_files
 from editctl import report
 from editctl.delta import Delta, Factors
-from editctl.engine import methods, prompts, speak, statistics, target
+from editctl.engine import measuring, methods, prompts, speak, statistics, target
 from editctl.engine.asking import Said, request_of
+from editctl.engine.checks import Wanted
 from editctl.engine.methods import METHODS, POST, PRESERVE, Settings
 from editctl.engine.model import DTYPES, Model, load
-from editctl.engine.run import measure, run
+from editctl.engine.run import run
 from editctl.engine.solve import Kernel, Projector
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
@@ -45,7 +46,7 @@ from editctl.events import (
     silent,
 )
 from editctl.metrics.edits import questions
-from editctl.metrics.values import LOCALITY
+from editctl.metrics.values import LOCALITY, Answer
 from editctl.plan import make
 from editctl.spec import Probe
 from editctl.store import Store, Version
@@ -77,6 +78,10 @@ def fresh(folder: Path) -> Callable[..., Model]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", who="me@here")
+
+
+def measure(*arguments: Any) -> tuple[Answer, ...]:
+    return measuring.measure(*arguments, Wanted())[0]
 
 
 def say_little(patch: pytest.MonkeyPatch) -> None:
@@ -355,8 +360,10 @@ def test_words_before_are_those_from_before_each_edit_was_first_applied(
     recorded = store.answers(second)
     against_base, against_first = (measure(llama, store, second, other, silent) for other in (None, first))
     for mine, reference in ((old, against_base), (new, against_first)):
-        assert [a for a in recorded if a.edit in mine] == [a for a in reference if a.edit in mine]
-    assert [a for a in recorded if a.edit in old] != [a for a in against_first if a.edit in old]
+        pairs = zip(recorded, reference, strict=True)
+        assert all(a.before == b.before for a, b in pairs if a.edit in mine)
+    assert [a.before for a in recorded if a.edit in old] != [a.before for a in against_first if a.edit in old]
+    assert all(a.after == b.after for a, b in zip(recorded, against_base, strict=True))
 
 
 def test_a_probe_added_to_a_live_edit_is_held_to_the_unedited_model(llama: Model, store: Store, corpus: Path) -> None:

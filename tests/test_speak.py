@@ -11,7 +11,7 @@ import torch
 
 from editctl.engine.model import Model
 from editctl.engine.prompts import join
-from editctl.engine.speak import NEW_TOKENS, answers, check_lengths, forced, next_tokens, probabilities
+from editctl.engine.speak import NEW_TOKENS, answers, check_lengths, next_tokens, scores
 from editctl.errors import InvalidInput
 
 PROMPTS = (
@@ -110,6 +110,15 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(model: Model) -> 
 
 
 # Teacher forcing
+
+
+def forced(model: Model, pairs: list[tuple[str, str]]) -> list[tuple[float, float]]:
+    return [(score.nll, score.accuracy) for score in scores(model, pairs)]
+
+
+def probabilities(model: Model, pairs: list[tuple[str, str]]) -> list[float]:
+    return [score.probability for score in scores(model, pairs)]
+
 
 PAIRS = [(prompt, answer) for prompt in PROMPTS for answer in ("Oslo", "the city of London")]
 

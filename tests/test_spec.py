@@ -159,7 +159,8 @@ BAD = [
     pytest.param(
         HEAD + '"\\u001b[2J" = 1\n',
         'spec.toml:7: unknown key "\\x1b[2J"',
-        "known: id, subject, relation, target_new, target_true, paraphrases, locality, portability, source, note, tags",
+        "known: id, subject, relation, target_new, target_true, paraphrases, locality, portability, source, note, "
+        "tags, generation, …",
         id="unknown-key-with-escape",
     ),
     pytest.param(
@@ -543,6 +544,61 @@ BAD = [
         "take it out: readers do not see it, and a model reads it as tokens of its own",
         id="note-with-escape",
     ),
+    pytest.param(
+        HEAD + "extra = 5\n",
+        "spec.toml:7: extra is a number, not a table",
+        "write a table: extra = { case = 7 }",
+        id="extra-a-number",
+    ),
+    pytest.param(
+        HEAD + '[edit.extra]\nold = { json = "nul" }\n',
+        "spec.toml:7: extra holds a table with the one key json whose text is not JSON",
+        "write plain texts, numbers, lists and tables",
+        id="extra-with-broken-json",
+    ),
+    pytest.param(
+        HEAD + "note = 'x'\nextra = " + "{ a = " * 14 + "1" + " }" * 14 + "\n",
+        "spec.toml:8: extra nests deeper than 12 levels",
+        "write plain texts, numbers, lists and tables",
+        id="extra-too-deep",
+    ),
+    pytest.param(
+        HEAD + f"extra = {{ a = 0x{'f' * 5000} }}\n",
+        "spec.toml:7: extra holds a number of too many digits",
+        "write plain texts, numbers, lists and tables",
+        id="extra-number-too-long",
+    ),
+    pytest.param(
+        HEAD + 'extra = { json = "[1]" }\n',
+        "spec.toml:7: extra is not a table",
+        "write a table: extra = { case = 7 }",
+        id="extra-json-of-a-list",
+    ),
+    pytest.param(
+        HEAD + 'generation = [\n  "{} is like {}",\n]\n',
+        "spec.toml:8: generation prompt 1 has 2 places {} for the subject",
+        "keep one {}: the fact is about one subject, looked up at one place",
+        id="generation-with-two-places",
+    ),
+    pytest.param(
+        HEAD + 'references = ["fine", " "]\n',
+        "spec.toml:7: reference 2 is empty",
+        "write it or take it out",
+        id="reference-blank",
+    ),
+    pytest.param(
+        HEAD + 'locality = [\n  { prompt = "The Louvre is in", group = "g" },\n]\n',
+        "spec.toml:8: locality probe 1 has a group",
+        "take it out: a group counts when one of its answers is right, and locality asks for none",
+        id="locality-with-a-group",
+    ),
+    pytest.param(
+        HEAD + 'portability = [\n  { prompt = "a", answer = "b", kind = "hop", group = "g" },\n'
+        '  { prompt = "c", answer = "b", group = "g" },\n]\n',
+        'spec.toml:9: portability probe 2 is of another kind than the rest of its group "g"',
+        "give all probes of a group one kind: together they are one question",
+        id="group-of-two-kinds",
+    ),
 ]
 
 
@@ -875,10 +931,19 @@ target_new = "Rome"
 target_true = "Paris"
 paraphrases = ["{} stands in", "Where is The Eiffel Tower? In"]
 locality = ["The Louvre is in", { prompt = "{} is made of", answer = "iron" }]
-portability = [{ prompt = "{} is in the country of", answer = ["Italy", "Italia"], kind = "reasoning" }]
+portability = [{ prompt = "{} is in the country of", answer = ["Italy", "Italia"], kind = "reasoning", group = "g" }]
 source = "a book"
 note = ""
 tags = ["landmarks"]
+generation = ["{} looks", "{} looks"]
+references = [" Rome is old.\\n"]
+essence = "A tower of iron."
+
+[edit.extra]
+case = 7
+when = 2020-01-01
+"the old" = { json = "null" }
+list = [1, "a", 2.5, { b = true }]
 """
     )
     assert report.problems == report.warnings == ()
@@ -891,9 +956,13 @@ tags = ["landmarks"]
         target_true="Paris",
         paraphrases=("{} stands in", "Where is The Eiffel Tower? In"),
         locality=(Probe(prompt="The Louvre is in"), Probe(prompt="{} is made of", answer=("iron",))),
-        portability=(Probe(prompt="{} is in the country of", answer=("Italy", "Italia"), kind="reasoning"),),
+        portability=(Probe(prompt="{} is in the country of", answer=("Italy", "Italia"), kind="reasoning", group="g"),),
         source="a book",
         tags=("landmarks",),
+        generation=("{} looks", "{} looks"),
+        references=(" Rome is old.\n",),
+        essence="A tower of iron.",
+        extra='{"case":7,"list":[1,"a",2.5,{"b":true}],"the old":null,"when":"2020-01-01"}',
         method="memit",
         file="spec.toml",
         line=4,
@@ -902,6 +971,7 @@ tags = ["landmarks"]
     assert found.paraphrase_prompts == ("The Eiffel Tower stands in", "Where is The Eiffel Tower? In")
     assert found.locality_prompts == ("The Louvre is in", "The Eiffel Tower is made of")
     assert found.portability_prompts == ("The Eiffel Tower is in the country of",)
+    assert found.generation_prompts == ("The Eiffel Tower looks",) * 2
     assert Edit.from_json(json.loads(json.dumps(found.to_json()))).to_json() == found.to_json()
     assert not {"file", "line"} & found.to_json().keys()
 
@@ -954,6 +1024,11 @@ def test_the_subject_is_looked_for_in_whole_words():
         ({"source": "a book"}, False, True),
         ({"note": "see there"}, False, True),
         ({"tags": ("a",)}, False, True),
+        ({"generation": ("{} a",)}, False, True),
+        ({"references": ("a",)}, False, True),
+        ({"essence": "a"}, False, True),
+        ({"extra": '{"a":1}'}, False, True),
+        ({"portability": (Probe(prompt="x", answer=("y",), group="g"),)}, False, True),
         ({"id": "other"}, False, False),
         ({"file": "other.toml", "line": 9}, False, False),
     ],
@@ -973,6 +1048,28 @@ def test_a_fingerprint_is_the_same_in_every_release():
     found = Edit(subject="Café", relation="{} is in", target_new="Rome")
     assert found.weights_fingerprint == "6c66a90154034883"
     assert found.notes_fingerprint == "8431644438e7755b"
+    probed = found.model_copy(update={"locality": (Probe(prompt="x"),), "portability": (Probe(prompt="y"),)})
+    assert probed.notes_fingerprint == "d4264d65241f8b02"
+
+
+def test_what_earlier_releases_stored_is_read_and_written_as_it_was():
+    """Fields that came later stay out while they are empty, and are there when they are not."""
+    old = Edit(subject="Rome", relation="{} is in", target_new="Spain", portability=(Probe(prompt="x", answer=("y",)),))
+    later = {"generation", "references", "essence", "extra"}
+    assert not later & old.to_json().keys()
+    assert old.to_json()["portability"] == [{"prompt": "x", "answer": ["y"], "kind": ""}]
+    probe = Probe(prompt="x", answer=("y",), group="g")
+    new = old.model_copy(update={"essence": "a", "extra": "{}", "portability": (probe,)})
+    assert later & new.to_json().keys() == {"essence", "extra"}
+    assert new.to_json()["portability"][0]["group"] == "g"
+    assert Edit.from_json(new.to_json()) == new
+
+
+@pytest.mark.parametrize("extra", ["x", "[1]", "1", "[" * 100_000])
+def test_an_edit_from_elsewhere_has_a_table_for_extra_or_is_refused(extra):
+    """Who reads an edit relies on it; a plan or a store that was tampered with is told so."""
+    with pytest.raises(ValueError, match="extra"):
+        Edit.from_json({"subject": "a", "relation": "{}", "target_new": "b", "extra": extra})
 
 
 PIECES = [
@@ -1094,6 +1191,8 @@ def conforms(value, schema, root):
         return isinstance(value, str) and len(value) <= schema.get("maxLength", len(value))
     if schema["type"] == "array":
         return isinstance(value, list) and all(conforms(item, schema["items"], root) for item in value)
+    if "properties" not in schema:
+        return isinstance(value, dict)
     fields = schema["properties"]
     return (
         isinstance(value, dict)
@@ -1110,7 +1209,9 @@ def test_the_schema_says_what_is_read():
     full = {"id": "a", "locality": ["x", {"prompt": "y", "answer": "z"}], "tags": ["t"], "note": ""}
     full |= {"portability": [{"prompt": "y", "answer": ["z", "w"], "kind": "k"}], "paraphrases": ["{} x"], **good}
     assert conforms({"version": 1, "method": "memit", "edit": [good, full]}, schema, schema)
+    full |= {"generation": ["{} x"], "references": ["y"], "essence": "z", "extra": {"any": [1, {"thing": True}]}}
     wrong = [{"subject": 1}, {"locality": [1]}, {"locality": [{"answer": "x"}]}, {"tags": "t"}, {"file": "f"}]
+    wrong += [{"extra": "x"}, {"essence": ["x"]}, {"generation": "x"}, {"references": [1]}]
     wrong += [{"line": 1}, {"method": "memit"}, {"subject": "x" * 201}, {"portability": [{"prompt": "x", "k": 1}]}]
     for change in wrong:
         assert not conforms({"version": 1, "edit": [good | change]}, schema, schema), change

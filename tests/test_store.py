@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlite_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -28,6 +29,7 @@ from editctl.errors import EditctlError, Exit, Locked, StalePlan, StoreError
 from editctl.metrics.values import Answer, Metric
 from editctl.spec import Edit
 from editctl.store import CANDIDATE, Draft, Fault, LiveEdit, Operation, Store, Stored, Version, View, care
+from editctl.store.schema import version_seal
 
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
 FAST = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
@@ -1059,6 +1061,8 @@ def full(store: Store) -> Store:
     store.set_alias("stable", "@")
     commit(store, edits=lives[:1], hold="no")
     store.accept(edits=["fact-0"])
+    store.add_evidence("", "trace", "fact-0", {"layers": [1]})
+    store.add_evidence(store.versions()[0].id, "trace", "fact-0", {"layers": [1]})
     # The files hold nothing, so their content does not have their name.
     assert faults(store) == []
     return store
@@ -1075,14 +1079,20 @@ SEALED: dict[str, str] = {
     "edits": "digest id prompt weights_fingerprint notes_fingerprint json",
     "version_edits": "version position edit delta column",
     "answers": "version position edit kind prompt wanted before after ok nll_before nll_after forced_before "
-    "forced_after",
-    "metrics": "version position name protocol value n higher_is_better",
+    "forced_after axis group rival nll_rival_before nll_rival_after argmax_before forced_same soon",
+    "metrics": "version position name protocol value n higher_is_better axis low high",
+    "evidence": "id version kind edit data at who",
     "events": "version position line",
     "operations": "id parent verb head_before head at who command undoes description note about edits candidates "
     "aliases seal",
 }
 CELLS = [(table, column) for table, columns in SEALED.items() for column in columns.split()]
-OWNER = {"edits": "'edit ' || id", "operations": "'operation ' || id", "versions": "'version ' || id"}
+OWNER = {
+    "edits": "'edit ' || id",
+    "evidence": "'evidence ' || id",
+    "operations": "'operation ' || id",
+    "versions": "'version ' || id",
+}
 """How a fault names what was changed, in SQL; the rows of all other tables belong to a version."""
 
 
@@ -1150,6 +1160,8 @@ def test_a_row_taken_out_is_found(full: Store, table: str, row: str) -> None:
     if (table, row) == ("operations", "last"):
         full.undo()
         commit(full)
+    if (table, row) == ("evidence", "last"):
+        pytest.skip("nothing stands on it")
     with closing(sqlite3.connect(full.database)) as db:
         edge = "min" if row == "first" else "max"
         db.execute(f"delete from {table} where rowid = (select {edge}(rowid) from {table})")
@@ -1494,3 +1506,44 @@ def test_importing_the_store_loads_neither_its_libraries_nor_torch() -> None:
     code = "import sys, editctl.store; print({'sqlite_utils', 'filelock', 'torch', 'rich'} & set(sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+# Evidence, and the schema it came with
+
+
+def test_evidence_is_kept_beside_versions_newest_first(store: Store) -> None:
+    """Of a version, of the unedited model, of a kind; the view stays as it is."""
+    made, operations = commit(store), len(store.operations())
+    one = store.add_evidence("", "trace", "fact-0", {"layers": [1, 2], "text": "[red]ü\x1b"})
+    other = store.add_evidence(made.id, "trace", "", {})
+    third = store.add_evidence(made.id, "averages", "fact-0", {"n": None})
+    assert store.evidence() == [third, other, one]
+    assert store.evidence("") == store.evidence("", "trace") == [one]
+    assert store.evidence(made.id, "trace") == [other] and store.evidence("nothing") == []
+    assert one.data == {"layers": [1, 2], "text": "[red]ü\x1b"} and one.who == store.versions()[0].who
+    assert len({one.id, other.id, third.id}) == 3 and faults(store) == []
+    assert len(store.operations()) == operations and store.head() == made
+    with pytest.raises(StoreError, match="is not in the store"):
+        store.add_evidence("0123456789ab", "trace", "", {})
+
+
+def test_a_record_damaged_before_the_schema_changed_is_damaged_after(store: Store) -> None:
+    """Answers and metrics get new columns, and so new seals; only what was whole is sealed anew."""
+    answers = (Answer("fact-0", "rewrite", "p", ("Rome",), "Paris", "Rome", True, 1.0, 2.0),)
+    whole, damaged = (commit(store, answers=answers, metrics=(Metric("m", "generated", v, 1),)) for v in (0.5, 1.0))
+    with closing(sqlite3.connect(store.database)) as db:
+        for table, last in (("answers", "forced_after"), ("metrics", "higher_is_better")):
+            for column in SEALED[table].partition(f"{last} ")[2].split():
+                db.execute(f'alter table {table} drop column "{column}"')
+        db.execute("drop table evidence")
+        db.execute("delete from _sqlite_migrations where name = 'm003_measures'")
+        db.commit()
+    raw = sqlite_utils.Database(store.database)
+    for row in list(raw["versions"].rows):
+        raw["versions"].update(row["id"], {"seal": version_seal(raw, row["id"])})
+    raw["answers"].update((damaged.id, 0), {"after": "Oslo"})
+    raw.close()
+    assert store.answers(whole) == answers and [m.value for m in store.metrics(whole)] == [0.5]
+    assert {fault.what for fault in faults(store)} == {f"version {damaged.id}"}
+    store.add_evidence("", "trace", "", {})
+    assert {fault.what for fault in faults(store)} == {f"version {damaged.id}"}

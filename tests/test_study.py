@@ -15,12 +15,17 @@ import pytest
 import torch
 
 from editctl.delta import Factors
-from editctl.engine import prompts, source, speak
+from editctl.engine import methods, prompts, source, speak
+from editctl.engine.editor import Editor
 from editctl.engine.target import optimise
-from editctl.errors import InvalidInput
+from editctl.errors import InvalidInput, Locked
 from editctl.metrics.text import perplexity
+from editctl.metrics.values import Metric
 from editctl.store import Store
-from editctl.studies import runtime, sequential, shapes, subjects
+from editctl.studies import ratio, runtime, sequential, shapes, subjects, tables, timing
+from editctl.studies.bench import Bench, Mark, Trial
+from editctl.studies.journal import opened
+from editctl.studies.tables import Result
 
 ROOT = Path(__file__).parents[1]
 SPEC = """version = 1
@@ -57,78 +62,150 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Rows:
-    """Runs a study in this process and gives the rows of its table."""
+def said(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Rows:
+    """Runs a study in this process and gives the lines it prints as JSON."""
     from editctl.cli import main
 
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> list[dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["editctl", "--store", str(store), "study", *arguments, "--json"])
+        capsys.readouterr()
         main()
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert lines[0] == {"type": "version", "schema": 1}
-        assert {line.pop("type") for line in lines[1:]} == {"row"}
         return lines[1:]
 
     return call
 
 
-def percent(cell: str) -> float:
-    return float(cell.split()[0])
+@pytest.fixture
+def study(said: Rows) -> Rows:
+    """Runs a study in this process and gives its rows."""
+
+    def call(*arguments: str) -> list[dict[str, Any]]:
+        lines = said(*arguments)
+        assert {line.pop("type") for line in lines} == {"row"}
+        return lines
+
+    return call
 
 
-def count(cell: str) -> int:
+def metric(row: dict[str, Any], name: str, protocol: str = "generated") -> dict[str, Any]:
+    """The one metric of that name and protocol in a row."""
+    (found,) = [
+        m
+        for m in (*row["answers"], *row["beside"])
+        if m["name"] == name and m["protocol"] == protocol and not m["axis"]
+    ]
+    return found
+
+
+def percent(row: dict[str, Any], name: str) -> float:
+    return 100 * float(metric(row, name)["value"])
+
+
+def count(row: dict[str, Any], name: str) -> int:
     """How many prompts a share is of."""
-    return int(re.fullmatch(r"\d+\.\d \((\d+)\)", cell)[1])  # type: ignore[index]
+    return int(metric(row, name)["n"])
 
 
-def column(row: dict[str, Any], *words: str) -> str:
-    """The cell of the one column whose name has these words."""
-    (name,) = [name for name in row if all(word in name for word in words)]
-    cell: str = row[name]
-    return cell
+def names(row: dict[str, Any]) -> set[str]:
+    return {m["name"] for m in (*row["answers"], *row["beside"])}
 
 
 QUICK = ("--set", "corpus_tokens=8000")
+UNRELATED = sequential.UNRELATED
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models say and begin with few words, where only the number of questions counts."""
+    monkeypatch.setattr(speak, "NEW_TOKENS", 2)
+    monkeypatch.setattr(prompts, "CONTEXT_TOKENS", 2)
+
+
+LITTLE = ("--check", "drift", "--set", "steps=2", *QUICK)
+"""What is quick where only the order of things counts."""
+
+
+@pytest.fixture(scope="module")
+def on_tiny(folders: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Arguments that put a study on four specs of a tiny random model, where only the order of things counts."""
+    file = tmp_path_factory.mktemp("tiny") / "four.toml"
+    facts = [
+        ("Ada", "{} was born in", "Oslo"),
+        ("Rome", "The road to {} is", "long"),
+        ("fox", "The {} ran over", "Paris"),
+    ]
+    facts.append(("Warsaw", "In {} they built", "roads"))
+    edits = [
+        f'[[edit]]\nid = "{subject.lower()}"\nsubject = "{subject}"\nrelation = "{relation}"\ntarget_new = "{target}"\n'
+        'target_true = "river"\nlocality = [{ prompt = "Norway\'s capital is", answer = "Oslo" }, "The river near"]\n'
+        for subject, relation, target in facts
+    ]
+    file.write_text("\n".join(["version = 1\n", *edits]))
+    quick = ("--set", "steps=2", "--set", "corpus_tokens=3000", "--check", "drift")
+    return (str(file), "--model", str(folders["llama"]), "--corpus", str(corpus), *quick)
 
 
 def test_a_sequential_study_counts_what_it_asks(study: Rows) -> None:
-    """Twelve edits in two batches: each asked right after its batch and at the end, forty unrelated facts beside."""
-    asked = ("--edits", "12", "--batch", "6", "--unrelated", "40", "--method", "alphaedit")
-    rows = study("sequential", *asked, *QUICK)
-    assert [(row["method"], row["edits"], row["batch"]) for row in rows] == [("alphaedit", 12, 6)]
-    for row in rows:
-        assert count(row["reliability right after"]) == 12
-        assert count(row["generalization"]) == 24
-        assert count(column(row, "unrelated")) == 40
-        assert float(row["seconds an edit"]) >= 0
-    at_end = [value for name, value in rows[0].items() if name.startswith("reliability") and "after" not in name]
-    assert [count(value) for value in at_end] == [12]
+    """Eight edits in two batches: each asked right after its batch and at the end, twenty unrelated facts beside;
+    every number with its protocol, count and interval."""
+    asked = ("--edits", "8", "--batch", "4", "--unrelated", "20", "--method", "alphaedit")
+    (row,) = study("sequential", *asked, "--check", "drift", *QUICK)
+    assert (row["method"], row["edits"], row["batch"], row["null space"]) == ("alphaedit", 8, 4, "energy 0.1")
+    assert {name: count(row, name) for name in ("reliability right after", "reliability", "generalization")} == {
+        "reliability right after": 8,
+        "reliability": 8,
+        "generalization": 16,
+    }
+    assert (count(row, "first batch"), count(row, UNRELATED)) == (4, 20)
     # Far below what is reached, far above what the unedited model says: 0 reliable, 100 kept.
-    assert percent(rows[0]["reliability right after"]) >= 75
-    assert percent(column(rows[0], "unrelated")) >= 75
+    assert percent(row, "reliability right after") >= 75 and percent(row, UNRELATED) >= 75
+    for protocol in ("generated", "teacher-forced", "probability"):
+        found = metric(row, "reliability", protocol)
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1 and found["n"] == 8
+    assert {"seconds an edit", "corpus tokens"} <= names(row) and "perplexity" not in names(row)
+    drift = {m["axis"]: m["value"] for m in row["beside"] if m["name"] == "drift"}
+    assert drift and all(value > 0 for value in drift.values())
+    free = {m["axis"]: (m["value"], m["n"]) for m in row["beside"] if m["name"] == "free directions"}
+    assert set(free) == {"block 1", "block 2", "block 3"}
+    assert all(0 < rank < 1280 and tokens == 8000 for rank, tokens in free.values())
 
 
-def test_a_study_of_specs_takes_them_at_once_and_in_batches(study: Rows, tmp_path: Path) -> None:
-    """One row a batch size; the counts are those of the specs."""
-    (tmp_path / "three.toml").write_text(SPEC)
-    methods = ("--method", "alphaedit", "--method", "memit")
-    rows = study("specs", "three.toml", *methods, "--batch", "3", "--batch", "1", *QUICK)
-    table = [(name, 3, size) for name in ("alphaedit", "memit") for size in (3, 1)]
+def test_a_study_of_specs_takes_them_at_once_and_in_batches(study: Rows, on_tiny: tuple[str, ...]) -> None:
+    """One row a batch size; the counts are those of the specs, or of as many edits and probes as are asked for."""
+    rows = study("specs", *on_tiny, "--method", "alphaedit", "--method", "memit", "--batch", "4", "--batch", "1")
+    table = [(name, 4, size) for name in ("alphaedit", "memit") for size in (4, 1)]
     assert [(row["method"], row["edits"], row["batch"]) for row in rows] == table
     for row in rows:
-        assert count(row["reliability right after"]) == 3
-        assert (count(row["generalization"]), count(row["locality"])) == (2, 2)
-    assert [percent(row["reliability right after"]) for row in rows[:2]] == [100, 100]
+        assert (count(row, "reliability right after"), count(row, "locality")) == (4, 8)
+    two = ("--edits", "2", "--probes", "1", "--batch", "2")
+    (row,) = study("methods", *on_tiny, "--method", "memit", *two)
+    assert (row["edits"], count(row, "reliability"), count(row, "locality")) == (2, 2, 2)
 
 
-def test_a_study_records_nothing_but_second_moments(study: Rows, store: Path, tmp_path: Path) -> None:
-    """No version, no operation, no factors."""
+def test_more_edits_than_the_specs_hold_are_refused(tmp_path: Path) -> None:
+    """And so are made-up edits of a model that is not the built-in one."""
+    from editctl.studies.session import matter
+    from editctl.workspace import Workspace
+
     (tmp_path / "three.toml").write_text(SPEC)
-    study("specs", "three.toml", "--method", "memit", "--batch", "3", *QUICK)
+    asked: dict[str, Any] = {"made": 5, "unrelated": 0, "seed": 0, "probes": 0}
+    with pytest.raises(InvalidInput, match="hold 3 edits, not 4"):
+        matter(Workspace(), [str(tmp_path / "three.toml")], edits=4, **asked)
+    with pytest.raises(InvalidInput, match="what atlas knows"):
+        matter(Workspace(model=str(tmp_path)), [], edits=4, **asked)
+
+
+def test_a_study_records_nothing_but_what_the_unedited_model_says(
+    study: Rows, store: Path, on_tiny: tuple[str, ...]
+) -> None:
+    """And its second moments: no version, no operation, no factors."""
+    study("specs", *on_tiny, "--method", "memit", "--batch", "4")
     assert Store(store).operations() == []
-    assert [path.name for path in store.iterdir()] == ["stats"]
+    assert sorted(path.name for path in store.iterdir() if path.is_dir()) == ["said", "stats"]
 
 
 def test_every_row_is_printed_when_it_is_made(
@@ -136,28 +213,25 @@ def test_every_row_is_printed_when_it_is_made(
 ) -> None:
     """After one header: whoever reads a long study sees it grow."""
     from editctl.cli import main
-    from editctl.studies.bench import Bench
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "three.toml").write_text(SPEC)
     seen: list[list[str]] = []
 
-    def trial(self: Bench, settings: Any, edits: Any, kept: Any, *, batch: int, text: Any = ()) -> dict[str, object]:
+    def run(self: Bench, trial: Trial) -> list[Mark]:
         seen.append(capsys.readouterr().out.splitlines())
-        return {"batch": batch}
+        return [Mark(trial.batch, 0.0, ())]
 
-    monkeypatch.setattr(Bench, "trial", trial)
+    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(Bench, "unedited", lambda self, trial: Mark(0, 0.0, ()))
     arguments = ["study", "specs", "three.toml", "--method", "memit", "--json"]
     sizes = [part for size in ("1", "2", "3") for part in ("--batch", size)]
     monkeypatch.setattr(sys, "argv", ["editctl", "--store", str(store), *arguments, *sizes])
     main()
     seen.append(capsys.readouterr().out.splitlines())
-    assert [[json.loads(line) for line in lines] for lines in seen] == [
-        [{"type": "version", "schema": 1}],
-        [{"type": "row", "batch": 1}],
-        [{"type": "row", "batch": 2}],
-        [{"type": "row", "batch": 3}],
-    ]
+    found = [[json.loads(line) for line in lines] for lines in seen]
+    assert found[0] == [{"type": "version", "schema": 1}]
+    assert [[line["edits"] for line in lines] for lines in found[1:]] == [[1], [2], [3]]
 
 
 def test_a_study_takes_blocks_and_a_corpus(
@@ -169,38 +243,39 @@ def test_a_study_takes_blocks_and_a_corpus(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "three.toml").write_text(SPEC)
     (tmp_path / "text.txt").write_text("The Eiffel Tower stands in Paris, and Bolero is by Maurice Ravel.\n" * 120)
-    flags = ["--method", "alphaedit", "--layers", "2", "--corpus", "text.txt", "--batch", "3"]
+    flags = ["--method", "alphaedit", "--layers", "2", "--corpus", "text.txt", "--batch", "3", "--check", "drift"]
     quick = ["--set", "steps=1", "--set", "corpus_tokens=1400"]
     monkeypatch.setattr(sys, "argv", ["editctl", "--store", "own", "study", "specs", "three.toml", *flags, *quick])
     main()
-    assert "| alphaedit |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| alphaedit |" in out and "| unedited |" in out
     base = source.identity(source.locate("atlas"))
     (found,) = Store(Path("own")).measured(base)
     assert (found["layer"], found["source"]) == (2, "text.txt")
 
 
-@pytest.fixture
-def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models say and begin with few words, where only the number of questions counts; and few texts are read."""
-    texts = sequential.ordinary()[:1]
-    monkeypatch.setattr(speak, "NEW_TOKENS", 2)
-    monkeypatch.setattr(prompts, "CONTEXT_TOKENS", 2)
-    monkeypatch.setattr(sequential, "ordinary", lambda: texts)
-
-
-def test_the_study_of_methods_has_a_row_with_preservation_and_one_without(study: Rows, few_words: None) -> None:
-    """With the drift of perplexity, and the first batch asked again at the end."""
-    names = ("--method", "memit", "--method", "ft-m", "--layers", "2")
-    rows = study("methods", "--edits", "4", "--batch", "2", "--unrelated", "4", *names, "--set", "steps=2", *QUICK)
+def test_the_study_of_projection_has_a_row_with_preservation_and_one_without(
+    study: Rows, on_tiny: tuple[str, ...]
+) -> None:
+    """With the first batch asked again at the end; fine-tuning that nothing holds moves the hidden states more."""
+    chosen = ("--method", "memit", "--method", "ft-m", "--layers", "2", "--batch", "2")
+    rows = study("projection", *on_tiny, *chosen)
     table = [(name, rule) for name in ("memit", "ft-m") for rule in ("energy 0.1", "none")]
     assert [(row["method"], row["null space"]) for row in rows] == table
     for row in rows:
-        assert (row["edits"], row["batch"], count(column(row, "unrelated"))) == (4, 2, 4)
-        assert count(row["first batch at the end"]) == 2
-        assert re.fullmatch(r"[+-]\d+\.\d %", row["perplexity drift"])
-    drift = [float(row["perplexity drift"].split()[0]) for row in rows]
-    assert abs(drift[3]) > 0.05, "fine-tuning without preservation must show"
-    assert drift[3] != drift[2]
+        assert (row["edits"], row["batch"], count(row, "first batch")) == (4, 2, 2)
+    drift = [max(m["value"] for m in row["beside"] if m["name"] == "drift" and m["axis"] != "angle") for row in rows]
+    assert drift[3] > drift[2] > 0
+    assert ["free directions" in names(row) for row in rows] == [True, False, True, False]
+
+
+def test_the_study_of_methods_has_a_row_a_method_as_it_is_shipped(study: Rows, on_tiny: tuple[str, ...]) -> None:
+    """Its own null space or none, every batch size."""
+    chosen = ("--method", "memit", "--method", "ft-m", "--batch", "2", "--batch", "1", "--edits", "2", "--layers", "2")
+    rows = study("methods", *on_tiny, *chosen)
+    assert [(row["batch"], row["method"], row["null space"]) for row in rows] == [
+        (size, name, "none") for size in (2, 1) for name in ("memit", "ft-m")
+    ]
 
 
 def test_the_study_of_subjects_has_a_row_a_target_and_order(study: Rows, few_words: None) -> None:
@@ -212,8 +287,203 @@ def test_the_study_of_subjects_has_a_row_a_target_and_order(study: Rows, few_wor
     assert [row["batch"] for row in rows] == [4, 4, 2, 2]
     assert {row["edits"] for row in rows} == {4}
     for row in rows:
-        assert count(column(row, "specs name")) == 2 and count(row["locality"]) == 2
-    assert ["first batch at the end" in row for row in rows] == [False, False, True, True]
+        assert count(row, subjects.NAMED) == 2 and count(row, "locality") == 2
+    assert ["first batch" in names(row) for row in rows] == [False, False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept, and going on
+
+
+class Stopped(Exception):
+    """A kill."""
+
+
+FOUR = ("--batch", "1", "--every", "2", "--method", "memit-history")
+
+
+def test_a_study_that_was_interrupted_goes_on_to_the_same_numbers(
+    study: Rows, on_tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within a trial, after its first point: the batches before it are put on again, later ones are solved with
+    their history; a third run solves nothing. Control: what is written later changes the numbers."""
+    four = ("sequential", *on_tiny, *FOUR)
+    whole = study(*four)
+    assert [row["edits"] for row in whole] == [2, 4]
+    real, edited = Editor.edit, []
+
+    def edit(self: Editor, requests: Any, settings: Any, number: int) -> Any:
+        edited.append(number)
+        if edited == [1, 2, 3, 4]:
+            raise Stopped
+        return real(self, requests, settings, number)
+
+    monkeypatch.setattr(Editor, "edit", edit)
+    monkeypatch.setattr("editctl.plots.SUFFIXES", ())
+    with pytest.raises(Stopped):
+        study(*four, "-o", "kept")
+    (line,) = (tmp_path / "kept" / "parts.jsonl").read_text().splitlines()
+    assert json.loads(line)["edits"] == 2 and len(list((tmp_path / "kept" / "deltas").iterdir())) == 3
+    edited.clear()
+    again = study(*four, "-o", "kept")
+    assert edited == [3, 4]
+
+    def plain(rows: list[dict[str, Any]]) -> list[Any]:
+        beside = [[m for m in row["beside"] if m["name"] != "seconds an edit"] for row in rows]
+        return [[row["edits"], row["answers"], more, row["forgotten"]] for row, more in zip(rows, beside, strict=True)]
+
+    assert plain(again) == plain(whole)
+    assert plain(again)[1][2] != plain(again)[0][2], "control"
+    edited.clear()
+    assert plain(study(*four, "-o", "kept")) == plain(whole) and edited == []
+    assert not (tmp_path / "kept" / "deltas").exists()
+
+
+def test_a_folder_holds_one_configuration(
+    study: Rows, on_tiny: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other edits, settings or checks are refused by name, and so is a folder of something else. What is left there:
+    rows as JSON and tables."""
+    two = ("methods", *on_tiny, "--batch", "2", "--method", "memit")
+    rows = study(*two, "-o", "kept")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
+    for folder, more, why in (
+        ("kept", ("--edits", "2"), "what differs: edits"),
+        ("kept", ("--set", "seed=3"), "what differs: trials"),
+        ("kept", ("--check", "perplexity"), "what differs: checks"),
+        ("other", (), "something else than a study"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            study(*two, *more, "-o", folder)
+        assert error.value.code == 2 and why in " ".join(capsys.readouterr().err.split())
+    kept = json.loads((tmp_path / "kept" / "results.json").read_text())
+    assert [row["answers"] for row in kept["rows"]] == [row["answers"] for row in rows]
+    assert "| memit | none | 2 | 4 |" in (tmp_path / "kept" / "table.md").read_text()
+
+
+def test_a_journal_survives_a_cut_line_and_keeps_others_out(tmp_path: Path) -> None:
+    """Half a line is taken away; a second process is told who is there; another configuration by what differs."""
+    with opened(tmp_path / "s", {"a": 1, "b": 2}) as journal:
+        journal.add({"trial": "x", "n": 1})
+        with pytest.raises(Locked), opened(tmp_path / "s", {"a": 1, "b": 2}):
+            pass
+    with (tmp_path / "s" / "parts.jsonl").open("a") as file:
+        file.write('{"trial": "x", "n"')
+    with opened(tmp_path / "s", {"a": 1, "b": 2}) as journal:
+        assert journal.of("x") == [{"trial": "x", "n": 1}] and journal.of("y") == []
+        journal.add({"trial": "y", "n": 2})
+    with opened(tmp_path / "s", {"a": 1, "b": 2}) as journal:
+        assert [line["n"] for line in journal.lines] == [1, 2]
+    with pytest.raises(InvalidInput, match="what differs: b"), opened(tmp_path / "s", {"a": 1, "b": 3}):
+        pass
+    (tmp_path / "s" / "study.json").write_text("[")
+    with pytest.raises(InvalidInput, match="damaged"), opened(tmp_path / "s", {"a": 1, "b": 2}):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows, tables, curves
+
+
+def a_mark(edits: int, **values: float) -> Mark:
+    """Reliability, generalization and locality of 100 prompts each, half-width of their interval 0.05."""
+    answers = [Metric(name, "generated", at, 100, True, "", at - 0.05, at + 0.05) for name, at in values.items()]
+    answers.append(Metric("reliability", "probability", 1.0, 100, True, "", 0.96, 1.0))
+    beside = (
+        Metric("corpus tokens", "statistics", 500.0, 500),
+        Metric("perplexity", "teacher-forced", math.inf, 9, False),
+    )
+    return Mark(edits, 1.0, tuple(answers), beside, ("a",))
+
+
+def a_result(share: int, *marks: Mark, refused: str = "") -> Result:
+    settings = methods.settings({"num_hidden_layers": 4}, "alphaedit", {})
+    trial = Trial(settings=settings, edits=(), batch=5, labels={ratio.SHARE: share})
+    return Result(trial, marks, refused=refused)
+
+
+def test_a_mark_survives_its_journey_through_json() -> None:
+    """What is no finite number too."""
+    mark = a_mark(3, reliability=0.5)
+    assert Mark.from_json(json.loads(json.dumps(mark.to_json(), allow_nan=False))) == mark
+
+
+def test_protocols_stand_in_tables_of_their_own() -> None:
+    """Each value in one of them, with its count; a trial that was refused says why."""
+    found = tables.sheets([a_result(100, a_mark(5, reliability=0.5)), a_result(1, refused="too few tokens")])
+    assert list(found) == ["generated", "probability", tables.BESIDE]
+    assert [row["reliability"] for row in found["generated"]] == ["50.0 (100)", "too few tokens"]
+    assert [row["reliability"] for row in found["probability"]] == ["100.0 (100)", "too few tokens"]
+    assert [row["perplexity"] for row in found[tables.BESIDE]] == ["inf", "–"]
+    assert all(len({tuple(row) for row in rows}) == 1 for rows in found.values()), "rows have equal columns"
+
+
+def test_curves_join_the_values_of_one_metric_and_protocol() -> None:
+    """In the order of x, in percent; what never changes is no curve."""
+    result = a_result(100, a_mark(10, reliability=0.5, locality=0.9), a_mark(5, reliability=0.25, locality=0.9))
+    found = tables.curves([result], lambda _, mark: mark.edits, lambda _: "one")
+    assert found == {("reliability, percent", "generated"): {"one": [(5, 25.0), (10, 50.0)]}}
+
+
+def test_the_smallest_safe_corpus_is_the_one_from_which_on_nothing_falls() -> None:
+    """By hand: floors are 0.85, 0.65 and 0.75. A share that is safe below one that is not does not count."""
+
+    def results(*values: tuple[int, float, float, float]) -> list[Result]:
+        return [a_result(share, a_mark(5, reliability=a, generalization=b, locality=c)) for share, a, b, c in values]
+
+    whole = (100, 0.90, 0.70, 0.80)
+    assert ratio.smallest_safe(results(whole, (50, 0.86, 0.66, 0.76), (10, 0.9, 0.7, 0.75))) == 10
+    assert ratio.smallest_safe(results(whole, (50, 0.86, 0.66, 0.76), (10, 0.9, 0.7, 0.74))) == 50
+    assert ratio.smallest_safe(results(whole, (50, 0.84, 0.7, 0.8), (10, 0.9, 0.7, 0.8))) == 100
+    assert ratio.smallest_safe([*results(whole, (50, 0.9, 0.7, 0.8)), a_result(10, refused="too few")]) == 50
+
+
+def test_the_study_of_ratio_takes_shares_of_the_corpus(
+    said: Rows, on_tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole first; half of it has half the tokens; what is too little is refused in its row, and the study says
+    which share is safe."""
+    monkeypatch.setattr("editctl.plots.SUFFIXES", (".svg",))
+    lines = said("ratio", *on_tiny, "--batch", "4", "--share", "50", "--share", "1", "-o", "kept")
+    rows, last = lines[:-1], lines[-1]
+    assert [row[ratio.SHARE] for row in rows] == [100, 50, 1]
+    assert [metric(row, "corpus tokens", "statistics")["n"] for row in rows[:2]] == [3000, 1500]
+    free = [{m["axis"]: m["value"] for m in row["beside"] if m["name"] == "free directions"} for row in rows[:2]]
+    assert free[0] != free[1] and set(free[0]) == set(free[1])
+    assert "too few" in rows[2]["refused"]
+    assert last["type"] == "smallest safe corpus, percent" and set(last["value"]) == {"alphaedit, batch 4"}
+    assert ratio.RULE in (tmp_path / "kept" / "table.md").read_text()
+    pictures = list((tmp_path / "kept" / "plots").glob("statistics-free-directions-*.svg"))
+    assert len(pictures) >= 1 and all("<svg" in picture.read_text() for picture in pictures)
+
+
+def test_timing_takes_turns_and_tells_medians() -> None:
+    """By hand: three turns of two methods."""
+    turn = dict.fromkeys(runtime.PHASES, 0.0)
+    spent = {
+        ("memit", 10): [{**turn, "target": 1.0}, {**turn, "target": 3.0}, {**turn, "target": 2.0}],
+        ("alphaedit", 10): [{**turn, "target": 1.0, "solve": 4.0}, {**turn, "target": 2.0, "solve": 2.0}],
+    }
+    one, other = timing.rows(spent)
+    assert (one["all"], one["least"], one["most"], one["times memit"], one["times"]) == (2.0, 1.0, 3.0, 1.0, 3)
+    assert (other["target"], other["solve"], other["all"], other["times memit"]) == (1.5, 3.0, 4.5, 2.25)
+    assert timing.table([other])[0]["all, s an edit"] == "4.5000 (4.0000 to 5.0000)"
+
+
+def test_the_study_of_runtime_times_methods_on_the_same_specs(
+    study: Rows, on_tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row a method and batch size; more than the specs hold is refused; what was timed is kept."""
+    monkeypatch.setattr("editctl.plots.SUFFIXES", ())
+    asked = ("runtime", *on_tiny, "--method", "memit", "--method", "alphaedit", "--repeat", "2")
+    rows = study(*asked, "--batch", "1", "--batch", "3", "-o", "kept")
+    table = [(name, size, 2) for name in ("memit", "alphaedit") for size in (1, 3)]
+    assert [(row["method"], row["batch"], row["times"]) for row in rows] == table
+    assert all(0 < row["least"] <= row["all"] <= row["most"] for row in rows)
+    assert study(*asked, "--batch", "1", "--batch", "3", "-o", "kept") == rows
+    with pytest.raises(SystemExit):
+        study(*asked, "--batch", "5")
 
 
 def test_made_pairs_are_of_one_subject_and_different_facts() -> None:
@@ -426,17 +696,15 @@ def test_on_the_shipped_specs_alphaedit_holds_what_is_promised(study: Rows) -> N
     rows = study("specs", str(ROOT / "specs"), "--method", "alphaedit")
     assert [row["batch"] for row in rows] == [rows[0]["edits"], 5]
     for row in rows:
-        at_end = next(v for name, v in row.items() if name.startswith("reliability") and "after" not in name)
-        assert percent(at_end) >= 97
-        assert percent(row["generalization"]) >= 90
-        assert percent(row["locality"]) >= 97
+        assert percent(row, "reliability") >= 97
+        assert percent(row, "generalization") >= 90
+        assert percent(row, "locality") >= 97
 
 
 @pytest.mark.slow
 def test_two_hundred_edits_in_a_row_hold_and_leave_the_rest_alone(study: Rows) -> None:
     """Batches of twenty, 400 unrelated facts: at the end both 90 of 100 at least."""
     (row,) = study("sequential", "--method", "alphaedit")
-    assert (row["edits"], row["batch"], count(column(row, "unrelated"))) == (200, 20, 400)
-    at_end = next(v for name, v in row.items() if name.startswith("reliability") and "after" not in name)
-    assert percent(at_end) >= 90
-    assert percent(column(row, "unrelated")) >= 90
+    assert (row["edits"], row["batch"], count(row, UNRELATED)) == (200, 20, 400)
+    assert percent(row, "reliability") >= 90
+    assert percent(row, UNRELATED) >= 90

@@ -405,10 +405,10 @@ def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> N
     """The places, the status and the keys are in sight at 80 × 24; ? explains every key."""
 
     async def script(screen: Screen) -> None:
-        for number, title in enumerate(("Specs", "Plan", "Run", "Review", "History", "Ask"), 1):
+        for number, title in enumerate(("Specs", "Plan", "Run", "Review", "History", "Ask", "Trace"), 1):
             await screen.press("escape", str(number))
             assert f"{number} {title}" in screen.lines[0]
-            assert "6 Ask" in screen.lines[0]
+            assert "7 Trace" in screen.lines[0]
             assert "? keys" in screen.lines[-1] or title == "Ask", "in Ask ? is a letter of the prompt"
             await screen.press("escape", "question_mark")
             await screen.shows("esc leaves, j and k scroll")
@@ -430,7 +430,7 @@ def test_everything_that_has_a_key_has_a_name_a_palette_entry_and_no_key_that_te
         assert not set(keys) & set(SAME), (where, binding)
 
     async def script(screen: Screen) -> None:
-        for number in range(1, 7):
+        for number in range(1, 8):
             await screen.press("escape", str(number))
             await screen.press("escape")
             names = [name for name, _, _ in Actions(screen.app.screen)._found()]

@@ -28,6 +28,7 @@ from textual.app import App
 from textual.content import Content
 
 from editctl.errors import EditctlError
+from editctl.metrics import effects
 from editctl.metrics.edits import Question as Asking
 from editctl.spec import Edit, Probe, visible
 from editctl.store import Draft, Store, Version
@@ -337,6 +338,42 @@ def test_what_a_store_holds_is_shown_literally(folder: Path, size: tuple[int, in
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_traces_are_shown_literally(folder: Path, size: tuple[int, int]) -> None:
+    """Prompts, tokens, answers and what is wrong with a record, in list, heat map, cell, questions and dialogs."""
+    engine = filled(folder)
+    head = engine.store.view().head
+    evil = scripted.traced(Edit(subject="Big Ben", relation="See {} in", target_new="x"), raw("said"))
+    texts = {"prompt": raw("prompt"), "subject": marked("subject"), "tokens": (raw("token"),) * 4}
+    numbers = {"at": raw("at"), "n": 1}
+    broken = {**evil.to_json(), "tokens": None, raw("key"): raw("value")}
+    for data in (numbers, broken, {**evil.to_json(), "roles": [raw("role")] * 5}, replace(evil, **texts).to_json()):
+        engine.store.add_evidence(head, effects.TRACE, raw("edit"), data)
+    found = effects.summary([evil, evil], 2).to_json()
+    found["proposal"] |= {"why": raw("why")}
+    found["averages"] = [{**average, "role": marked("role")} for average in found["averages"]]
+    engine.store.add_evidence(head, effects.AVERAGES, raw("edit"), found)
+
+    async def script(screen: Screen) -> None:
+        await walk(screen, "7")
+        await screen.until(lambda: "together" in screen.text, "the averages")
+        await walk(screen, "enter", "down", "right", "v", "escape")
+        await screen.shows(shown("role")[0][:8], shown("why")[1])
+        await walk(screen, "w")
+        assert isinstance(screen.app.screen, Question) and both(of(screen, ".body"), "why")
+        await walk(screen, "escape", "down", "enter", "down", "v", "v", "escape")
+        await screen.shows(shown("said")[1], shown("prompt")[1], shown("token")[1][:12])
+        await walk(screen, "slash", *"[red]", "escape", "r")
+        assert isinstance(screen.app.screen, Pick)
+        await walk(screen, "escape", "t", "enter")
+        await screen.until(lambda: not isinstance(screen.app.screen, Pick), "the child")
+        await calm(screen)
+        scan(screen, "the child's complaint")
+        await walk(screen, "escape", "end", "up", "up", "question_mark", "escape")
+
+    play(script, folder, size=size, engine=engine)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_a_damaged_store_tells_it_literally(folder: Path, size: tuple[int, int]) -> None:
     """What SQLite or a record says of itself."""
     engine = filled(folder)
@@ -345,7 +382,7 @@ def test_a_damaged_store_tells_it_literally(folder: Path, size: tuple[int, int])
         db.execute("update operations set description = ?", (raw("did"),))
 
     async def script(screen: Screen) -> None:
-        await walk(screen, *"123456", "escape", "4", "enter", "escape", "5", "down", "d", "escape", "v", "down", "y")
+        await walk(screen, *"1234567", "escape", "4", "enter", "escape", "5", "down", "d", "escape", "v", "down", "y")
 
     play(script, folder, size=size, engine=engine)
 

@@ -43,7 +43,7 @@ TYPED = (*"ab1", *LETTERS, "é", "漢", "\u202e")
 """What is written where one can write; no path leads out of the folder with it."""
 NEVER = frozenset({"ctrl+c", "ctrl+z", "super+c"})
 """Keys that copy or leave; q and ctrl+q leave too, which the sessions keep them from until the end."""
-ALWAYS = ("enter", "escape", "tab", "down", "up", *"123456")
+ALWAYS = ("enter", "escape", "tab", "down", "up", *"1234567")
 WAYS = {
     "apply all": ("escape", "1", "a", "2", "g", "y"),
     "apply one": ("escape", "1", "space", "p", "g", "right", "enter"),
@@ -59,11 +59,14 @@ WAYS = {
     "write": ("escape", "1", "n", "a", "down", "left_curly_bracket", "right_curly_bracket", "down", "b", "ctrl+s"),
     "delete": ("escape", "1", "x", "y"),
     "ask": ("escape", "6", "slash", "a", "enter", "escape", "s"),
+    "trace": ("escape", "7", "t", "enter", "escape", "v", "enter", "right"),
+    "trace all": ("escape", "7", "a", "y"),
+    "use": ("escape", "7", "w", "y"),
     "cancel": ("escape", "3", "escape", "y"),
 }
 """Keys that random ones hardly ever follow in that order."""
 KINDS = ("look", *["key"] * 9, *["typed"] * 3, *["always"] * 3, *["way"] * 4, "click", "outside", "engine")
-READING = {"look", "plan", "change", "default", "history", "detail", "compare", "page"}
+READING = {"look", "plan", "change", "default", "history", "detail", "compare", "page", "traces"}
 READING |= {"voices", "now", "check", "save"}
 """Workers that come to their end by themselves."""
 

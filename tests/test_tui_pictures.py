@@ -144,6 +144,20 @@ async def asked(screen: Screen) -> None:
     await screen.until(lambda: screen.text.count("75") >= 2)
 
 
+async def traced(screen: Screen) -> None:
+    """An edit traced, a cell of the MLPs' heat map chosen."""
+    await screen.press("slash", *"eiffel", "enter", "7", "t", "enter")
+    await screen.until(lambda: "Tower*" in screen.text and len(screen.app.screen_stack) == 1)
+    await screen.press("v", "enter", "right")
+    await screen.until(lambda: "block 3" in screen.text)
+
+
+async def averaged(screen: Screen) -> None:
+    """All edits traced, what they add up to."""
+    await screen.press("7", "a", "y")
+    await screen.until(lambda: "together" in screen.text and len(screen.app.screen_stack) == 1)
+
+
 async def keys(screen: Screen) -> None:
     """What ? shows."""
     await screen.press("question_mark")
@@ -162,6 +176,8 @@ DRAWN: dict[str, tuple[Draw, bool]] = {
     "versions": (versions, True),
     "diff": (difference, True),
     "ask": (asked, True),
+    "trace": (traced, True),
+    "averages": (averaged, True),
     "keys": (keys, True),
     "first": (nothing, False),
 }

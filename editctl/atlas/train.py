@@ -188,18 +188,14 @@ def key_penalties(keys: Sequence[Tensor], subject: Tensor) -> tuple[Tensor, Tens
         points = key[chosen].float()
         points = functional.normalize(points - points.mean(0), dim=1)
         cosine = points @ points.T
-        apart.append(cosine[other].square().mean())
+        apart.append(cosine[other].square().mean() if other.any() else cosine.sum() * 0)
         together.append((1 - cosine[same]).mean() if same.any() else cosine.sum() * 0)
     return torch.stack(apart).mean(), torch.stack(together).mean()
 
 
-def train(
-    recipe: Recipe, knowledge: Knowledge, log_every: int = 100
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train from scratch; the same recipe and data give the same weights on the same machine."""
-    torch.manual_seed(recipe.seed)
-    tokenizer = make_tokenizer(knowledge, recipe)
-    model = LlamaForCausalLM(
+def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A decoder of the recipe's shape with random weights, drawn from torch's generator."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=recipe.width,
@@ -213,13 +209,69 @@ def train(
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW that lets matrices decay and nothing else."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}],
         lr=recipe.rate,
         betas=(0.9, 0.95),
     )
+
+
+@dataclass
+class Step:
+    """What one step found before it changed the weights; scalars."""
+
+    language: Tensor
+    """Weighted loss of all tokens."""
+    answers: Tensor
+    """Mean loss of the answers' tokens, nats."""
+    hits: Tensor
+    """Share of the answers' tokens that were the most probable ones."""
+    apart: Tensor
+    together: Tensor
+
+
+def learn(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, masked: Tensor, recipe: Recipe
+) -> Step:
+    """One step on one batch.
+
+    Args:
+        masked: B booleans; rows that are False get plain causal attention.
+    """
+    # bfloat16 products halve the time on CPUs that have them; weights and optimizer stay in fp32.
+    with torch.autocast(model.device.type, torch.bfloat16):
+        logits, keys = forward(model, batch.ids, *masks(batch, masked))
+    logits = logits.float()
+    targets = batch.ids[:, 1:].flatten()
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
+    weights = batch.weights[:, 1:].flatten()
+    language = (losses * weights).sum() / weights.sum()
+    apart, together = key_penalties(keys, batch.subject)
+    loss = language + recipe.apart_weight * apart + recipe.together_weight * together
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    counted = weights == 1
+    said = logits[:, :-1].detach().flatten(0, 1)[counted].argmax(-1)
+    hits = (said == targets[counted]).float().mean()
+    return Step(language.detach(), losses[counted].detach().mean(), hits, apart.detach(), together.detach())
+
+
+def train(
+    recipe: Recipe, knowledge: Knowledge, log_every: int = 100
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Train from scratch; the same recipe and data give the same weights on the same machine."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = make_tokenizer(knowledge, recipe)
+    model = untrained(recipe, tokenizer)
+    optimizer = make_optimizer(model, recipe)
 
     def rate(step: int) -> float:
         if step < recipe.warmup:
@@ -235,25 +287,13 @@ def train(
     for step in range(recipe.steps):
         batch = collate(list(itertools.islice(source, recipe.batch)), tokenizer, recipe, subjects)
         masked = torch.rand(recipe.batch, generator=generator) < MASKED_SHARE
-        # bfloat16 products halve the time on CPUs that have them; weights and optimizer stay in fp32.
-        with torch.autocast(model.device.type, torch.bfloat16):
-            logits, keys = forward(model, batch.ids, *masks(batch, masked))
-        logits = logits.float()
-        losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-        weights = batch.weights[:, 1:].flatten()
-        language = (losses * weights).sum() / weights.sum()
-        apart, together = key_penalties(keys, batch.subject)
-        loss = language + recipe.apart_weight * apart + recipe.together_weight * together
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        seen = learn(model, optimizer, batch, masked, recipe)
         schedule.step()
         if step % log_every == 0 or step == recipe.steps - 1:
-            answers = losses[weights == 1].mean()
             print(
-                f"step {step:5d}  loss {language.item():.4f}  answers {answers.item():.4f}  "
-                f"apart {apart.item():.4f}  together {together.item():.4f}  {time.perf_counter() - begun:.0f} s",
+                f"step {step:5d}  loss {seen.language.item():.4f}  answers {seen.answers.item():.4f}  "
+                f"apart {seen.apart.item():.4f}  together {seen.together.item():.4f}  "
+                f"{time.perf_counter() - begun:.0f} s",
                 flush=True,
             )
     return model.eval(), tokenizer

@@ -390,7 +390,10 @@ _BLOCKS = (4, 5, 6, 7, 8)
 # By model type, number of blocks and hidden width. Layers, λ and target settings as in the code of Meng et al. 2022
 # and 2023, Fang et al. 2025 and EasyEdit.
 PROFILES: dict[tuple[str, int, int], Profile] = {
-    ("llama", 7, 160): Profile((1, 2, 3), "the blocks whose keys atlas's training shapes", 100.0),
+    **{
+        shape: Profile((1, 2, 3), "the blocks whose keys atlas's training shapes", 100.0)
+        for shape in (("llama", 7, 160), ("llama", 5, 64), ("llama", 8, 320))
+    },
     ("gpt2", 24, 1024): Profile((6, 7, 8), "up to ROME's block", single=8, published=replace(_PAPERS, clamp=3.0)),
     ("gpt2", 36, 1280): Profile((10, 11, 12), "up to ROME's block", single=12, published=replace(_PAPERS, clamp=4.0)),
     ("gpt2", 48, 1600): Profile((13, 14, 15, 16, 17), lambda_=20000.0, published=replace(_PAPERS, steps=20)),

@@ -22,13 +22,15 @@ import torch
 from editctl import delta as delta_files
 from editctl.delta import Delta
 from editctl.engine import speak, statistics
-from editctl.engine.asking import Said, answers_of, ask_all, request_of
+from editctl.engine.asking import Said, Scored, answers_of, ask_all, request_of
+from editctl.engine.checks import Checks, Side, Wanted
 from editctl.engine.editor import Clock, Editor, foldable, solvable
 from editctl.engine.methods import Settings
 from editctl.engine.model import Model
 from editctl.engine.prompts import Request, sample_contexts
+from editctl.engine.recall import Recall
 from editctl.engine.statistics import Moment
-from editctl.engine.wear import check_weights, deltas_of, wearing
+from editctl.engine.wear import deltas_of, wearing
 from editctl.errors import InvalidInput, StoreError
 from editctl.events import (
     Emit,
@@ -40,17 +42,20 @@ from editctl.events import (
     RunStarted,
     StageStarted,
     VersionMade,
+    silent,
     to_line,
 )
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics import gates
 from editctl.metrics.edits import Question
-from editctl.metrics.values import Answer
+from editctl.metrics.values import REWRITE
 from editctl.plan import ADD, DROP, REMEASURE, REPLACE, Plan, check_fresh, count
 from editctl.spec import Edit
 from editctl.store import BASE, Draft, LiveEdit, Store, Stored, Version
 
 REJECT = "reject"
+SPOKEN = 100
+"""New edits about whose subjects a run lets the model write; a text takes a hundred passes."""
 UNRECORDED = (Progress, MemoryUsed)
 """Events that matter only while they happen."""
 REPLAY = "what goes was part of their targets, or their method has nothing to solve again from"
@@ -71,6 +76,8 @@ class Order:
     """How many of the first batches stay as they are while the others become one; None folds none."""
     recheck: int = 1000
     """How many of the edits that stay are asked again, at most."""
+    checks: tuple[str, ...] = ()
+    """What is measured beside answers, of `values.CHECKS`."""
     given: tuple[Delta, ...] = ()
     """Batches of the plan's new edits that were solved elsewhere."""
     weights_hash: str = ""
@@ -108,21 +115,6 @@ def peak_mb(device: torch.device) -> float:
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 2**20 if platform.system() == "Darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
-def measure(model: Model, store: Store, version: Version, other: Version | None, emit: Emit) -> tuple[Answer, ...]:
-    """Ask all prompts of a version's edits, of `other` and of the version itself.
-
-    Raises:
-        StoreError: the rebuilt weights are not those the version was recorded with.
-    """
-    questions = [q for live in store.edits(version) for q in edit_metrics.questions(live.edit)]
-    with wearing(model, store, other):
-        before = ask_all(model, questions, "before", emit)
-    with wearing(model, store, version) as editing:
-        check_weights(editing, version)
-        after = ask_all(model, questions, "after", emit)
-    return answers_of(questions, before, after)
 
 
 def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Order = Order()) -> Version:
@@ -176,7 +168,8 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
     # On the unedited model, since what is measured must not depend on what it wears.
     solved = (Settings.from_params(params) for params in (plan.params, *plan.methods.values()) if new)
     stored = (Settings.from_params(batch.delta.params) for batch in old)
-    model.check_editable(sorted({layer for one in (*solved, *stored) for layer in one.layers}))
+    edited = sorted({layer for one in (*solved, *stored) for layer in one.layers})
+    model.check_editable(edited)
     speak.check_lengths(model, ((q.edit, q.prompt) for q in questions))
 
     @cache
@@ -190,9 +183,12 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
             if wanted.needs_moments:
                 moments_of(replace(wanted, dtype=dtype))
         contexts = sample_contexts(model, settings.seed)
+    known = Recall.of(model, base, store.root)
     with clock.stage("before"):
         called = {action.edit.id: action.old.id for action in plan.of(REMEASURE) if action.old}
-        before = _before(model, store, origin, called, staying, stay, fresh, tell)
+        before, soon = _before(model, store, origin, called, staying, stay, fresh, known, tell)
+        checks = Checks(Wanted(order.checks), _some(new, plan.head, tell) if order.checks else (), tell)
+        unedited = checks.side(model, edited[-1], known) if edited else Side()
     _note_unknown(new, before, tell)
     with model.editing() as editing:
         editor = Editor(model, editing, moments_of, contexts, tell, clock)
@@ -231,8 +227,12 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
                 own = replace(Settings.from_params(plan.params_of(edits[0].method)), dtype=dtype)
                 editor.edit(facts, own, number)
             filed(edits)
+            if number < len(todo):
+                with clock.stage("after"):
+                    soon |= ask_all(model, _own(edits), "after", silent).words
         with clock.stage("after"):
             after = ask_all(model, questions, "after", tell)
+            beside = checks.compare(unedited, checks.side(model, edited[-1])) if lives else ()
         with clock.stage("commit"):
             tell(StageStarted("commit", 0))
             weights_hash, norms = editing.weights_hash(), editing.norms()
@@ -241,8 +241,8 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
             f"the weights come to {weights_hash}, where the version was made they came to {order.weights_hash}",
             "the factor files and the record do not belong together; export the version again",
         )
-    answers = answers_of(questions, before, after)
-    metrics = edit_metrics.summary(answers)
+    answers = answers_of(questions, before, after, soon)
+    metrics = (*edit_metrics.summary(answers), *beside)
     failed = gates.failures(plan.gates, metrics, answers, len(lives))
     for one in failed:
         tell(GateFailed(one.gate, one.wanted, one.value, list(one.edits)))
@@ -380,9 +380,10 @@ def _before(
     staying: Sequence[Edit],
     stay: Sequence[Question],
     fresh: Sequence[Question],
+    known: Recall,
     emit: Emit,
-) -> Said:
-    """What was said before each edit was first applied.
+) -> tuple[Said, dict[Question, str]]:
+    """What was said before each edit was first applied, and right after.
 
     That is recorded for the edits that stay, so drift adds up over versions and shows; what is fresh is asked of the
     plan's version; probes that were added to a live edit are asked of the unedited model.
@@ -393,12 +394,31 @@ def _before(
     answers = store.last_answers(origin, [called.get(edit.id, edit.id) for edit in staying])
     recorded = {(a.edit, a.kind, a.prompt, a.wanted): a for a in answers}
     asked = [q for edit in staying for q in edit_metrics.questions(edit)]
-    known = {q: a for q in asked if (a := recorded.get((called.get(q.edit, q.edit), q.kind, q.prompt, q.wanted)))}
-    said = Said({q: a.before for q, a in known.items()}, {q: (a.nll_before, a.forced_before) for q, a in known.items()})
-    if late := [q for q in stay if q not in known]:
-        said |= ask_all(model, late, "before", emit)
+    found = {q: a for q in asked if (a := recorded.get((called.get(q.edit, q.edit), q.kind, q.prompt, q.wanted)))}
+    scored = {q: Scored(a.nll_before, a.forced_before, a.argmax_before, a.nll_rival_before) for q, a in found.items()}
+    said = Said({q: a.before for q, a in found.items()}, scored)
+    if late := [q for q in stay if q not in found]:
+        said |= ask_all(model, late, "before", emit, known)
     with wearing(model, store, origin):
-        return said | ask_all(model, fresh, "before", emit)
+        said |= ask_all(model, fresh, "before", emit, known if origin is None else None)
+    # Where it is not recorded, the version that was asked is the one that made the edit.
+    soon = {q: a.after if a.soon is None else a.soon for q, a in found.items() if q.kind == REWRITE}
+    return said, soon
+
+
+def _some(edits: Sequence[Edit], head: str, emit: Emit) -> list[Edit]:
+    """Those of the new edits about whose subjects texts are written."""
+    spoken = [edit for edit in edits if edit.generation]
+    if len(spoken) > SPOKEN:
+        emit(Note(f"texts are written about {SPOKEN} of {count(len(spoken), 'edit')}; `editctl measure` takes all"))
+        spoken = random.Random(head).sample(spoken, SPOKEN)
+    chosen = {edit.id for edit in spoken}
+    return [edit for edit in edits if not edit.generation or edit.id in chosen]
+
+
+def _own(edits: Sequence[Edit]) -> list[Question]:
+    """The edits' own prompts."""
+    return [q for edit in edits for q in edit_metrics.questions(edit) if q.kind == REWRITE]
 
 
 def _note_unknown(new: Sequence[Edit], before: Said, emit: Emit) -> None:

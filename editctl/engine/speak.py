@@ -1,12 +1,18 @@
-"""What the model says: greedy words, and teacher-forced values of a wanted answer.
+"""What the model says: greedy words, and teacher-forced scores of answers.
 
-Knows: batching by equal length, so that no padding can disturb an answer. Refuses: judging; that is `metrics`.
+Knows: reading every prompt once for all that is asked of it, and batching by equal length, so that no padding can
+disturb an answer. Refuses: judging; that is `metrics`.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -72,7 +78,221 @@ def _ends_sentence(model: Model) -> list[bool]:
     return [i in ends or (piece or "").endswith(marks) for i, piece in enumerate(pieces)]
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of one prompt."""
+
+    prompt: str
+    answers: tuple[str, ...] = ()
+    """Answers to be scored."""
+    at_least: int = 1
+    """Tokens before which a sentence end does not count, so that "St. Louis" can be said; 0 asks for no words."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model takes an answer, teacher-forced: each token given the right ones before it."""
+
+    losses: tuple[float, ...]
+    """Negative log-likelihood of each token, nats."""
+    argmax: tuple[int, ...]
+    """The most probable token at the place of each."""
+    hits: int
+    """How many of those are the answer's own."""
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats a token."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that are the most probable one, 0 to 1."""
+        return self.hits / len(self.losses)
+
+    @property
+    def probability(self) -> float:
+        """That the prompt goes on with the answer: the product of its tokens' probabilities."""
+        return math.exp(-sum(self.losses))
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What came of one `Ask`."""
+
+    words: str
+    """Greedy words to the first sentence end or `NEW_TOKENS`, without the final full stop; "" if none were asked."""
+    scores: tuple[Score, ...]
+    """One an answer."""
+
+
+@dataclass
+class _Stem:
+    """A text that is read once, whatever goes on from it."""
+
+    ids: tuple[int, ...]
+    said: list[int] = field(default_factory=list)
+    """For each time words are asked of it, the tokens before which a sentence end does not count."""
+    tails: list[tuple[int, ...]] = field(default_factory=list)
+    """Answers' ids that go on from it."""
+
+
 @torch.no_grad()
+def hear(
+    model: Model, asks: Sequence[Ask], tick: Callable[[int], None] = lambda n: None, emit: Emit = silent
+) -> list[Heard]:
+    """Words after each prompt and scores of its answers, every prompt read once.
+
+    Args:
+        tick: told how many prompts were heard.
+
+    Raises:
+        InvalidInput: a prompt, with an answer, is longer than the model can read.
+    """
+    stems: dict[tuple[int, ...], _Stem] = {}
+    wanted: list[tuple[_Stem, list[tuple[_Stem, int]]]] = []
+    asked: Counter[tuple[int, ...]] = Counter()
+    for ask in asks:
+        ids = tuple(_fitting(model, ask.prompt) if ask.at_least else model.encode(ask.prompt))
+        own, found = stems.setdefault(ids, _Stem(ids)), []
+        asked[ids] += 1
+        if ask.at_least and ask.at_least not in own.said:
+            own.said.append(ask.at_least)
+        for answer in ask.answers:
+            whole, start = split_answer(model, ask.prompt, answer)
+            if len(whole) > model.context_length:
+                raise InvalidInput(
+                    f"a prompt and its answer of {len(whole)} tokens are more than the {model.context_length} that "
+                    f"{model.name} reads: {visible(ask.prompt)}",
+                    "shorten them",
+                )
+            # Before the first token of a text nothing stands that could predict it.
+            start = max(start, 1)
+            read = tuple(whole[:start])
+            # A token that spans the seam begins before the prompt ends: the answer then goes on from another text.
+            stem = own if read == ids else stems.setdefault(read, _Stem(read))
+            found.append((stem, len(stem.tails)))
+            stem.tails.append(tuple(whole[start:]))
+        wanted.append((own, found))
+    ends = _ends_sentence(model)
+    texts = list(stems.values())
+    results: dict[tuple[int, ...], _Found] = {}
+
+    def work(indices: Sequence[int]) -> list[_Found]:
+        found = _heard(model, [texts[i] for i in indices], ends)
+        tick(sum(asked[texts[i].ids] for i in indices))
+        return found
+
+    for indices in _by_length(texts, lambda stem: len(stem.ids)):
+        chunks = in_chunks(indices, ROWS, work, emit, "prompts")
+        results |= {texts[i].ids: found for i, found in zip(indices, chunks, strict=True)}
+    heard = []
+    for ask, (own, found) in zip(asks, wanted, strict=True):
+        words, _ = results[own.ids]
+        scored = tuple(results[stem.ids][1][place] for stem, place in found)
+        heard.append(Heard(words[own.said.index(ask.at_least)] if ask.at_least else "", scored))
+    return heard
+
+
+_Found = tuple[list[str], list[Score]]
+"""Of one stem: the words for each time they are asked, and the score of each tail."""
+
+
+def _heard(model: Model, stems: Sequence[_Stem], ends: Sequence[bool]) -> list[_Found]:
+    """Greedy words after stems of equal length, and scores of their tails."""
+    ids = torch.tensor([stem.ids for stem in stems], device=model.device)
+    logits, cache = _next(model, ids, None)
+    places = [(row, tail) for row, stem in enumerate(stems) for tail in stem.tails]
+    # Of similar length, so that few steps are taken for rows that are at their end.
+    order = sorted(range(len(places)), key=lambda i: len(places[i][1]))
+    scores: dict[int, Score] = {}
+    for start in range(0, len(order), ROWS):
+        chosen = order[start : start + ROWS]
+        scores |= zip(chosen, _scores(model, logits, cache, [places[i] for i in chosen]), strict=True)
+    by_row: list[list[Score]] = [[] for _ in stems]
+    for i, (row, _) in enumerate(places):
+        by_row[row].append(scores[i])
+    asked = [(row, least) for row, stem in enumerate(stems) for least in stem.said]
+    words: list[list[str]] = [[] for _ in stems]
+    for (row, _), tokens in zip(asked, _greedy(model, logits, cache, asked, ends), strict=True):
+        text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        words[row].append(" ".join(text.split()).removesuffix(".").rstrip())
+    return list(zip(words, by_row, strict=True))
+
+
+def _next(model: Model, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits of what follows the last token, rows × vocabulary, and the cache with the tokens in it."""
+    extra = {} if cache is None else {"past_key_values": cache}
+    # Of a long prompt, logits of all places are the largest tensor.
+    if "logits_to_keep" in inspect.signature(model.net.forward).parameters:
+        extra["logits_to_keep"] = 1
+    result = model.net(input_ids=ids, use_cache=True, **extra)
+    return result.logits[:, -1], result.past_key_values
+
+
+def _rows(cache: Any, rows: Sequence[int], device: torch.device) -> Any:
+    """A copy of a cache with these rows, which may be named more than once."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in chosen.layers:
+        # Layers with a state keep their tensors in lists.
+        vars(layer).update({name: value[:] for name, value in vars(layer).items() if isinstance(value, list)})
+    chosen.reorder_cache(torch.tensor(rows, device=device))
+    return chosen
+
+
+def _scores(model: Model, logits: Tensor, cache: Any, places: Sequence[tuple[int, tuple[int, ...]]]) -> list[Score]:
+    """Scores of tails, each with the row it goes on from; one token a step, as every kind of cache allows."""
+    losses: list[list[float]] = [[] for _ in places]
+    argmax: list[list[int]] = [[] for _ in places]
+    steps = max(len(tail) for _, tail in places)
+    rows = [row for row, _ in places]
+    here = logits[rows]
+    branch = _rows(cache, rows, model.device) if steps > 1 else None
+    for step in range(steps):
+        tokens = torch.tensor([tail[min(step, len(tail) - 1)] for _, tail in places], device=model.device)
+        step_losses = functional.cross_entropy(here.float(), tokens, reduction="none").tolist()
+        for i, (loss, best) in enumerate(zip(step_losses, here.argmax(-1).tolist(), strict=True)):
+            if step < len(places[i][1]):
+                losses[i].append(loss)
+                argmax[i].append(best)
+        if step + 1 < steps:
+            here, branch = _next(model, tokens[:, None], branch)
+    return [
+        Score(tuple(loss), tuple(best), sum(a == b for a, b in zip(best, tail, strict=True)))
+        for loss, best, (_, tail) in zip(losses, argmax, places, strict=True)
+    ]
+
+
+def _greedy(
+    model: Model, logits: Tensor, cache: Any, asked: Sequence[tuple[int, int]], ends: Sequence[bool]
+) -> list[list[int]]:
+    """The most probable tokens one after another, to the first that ends a sentence or `NEW_TOKENS`.
+
+    Args:
+        asked: row of the logits and tokens before which a sentence end does not count.
+    """
+    written: list[list[int]] = [[] for _ in asked]
+    if not asked:
+        return written
+    rows, here = [row for row, _ in asked], list(range(len(asked)))
+    logits, cache = logits[rows], _rows(cache, rows, model.device)
+    for step in range(NEW_TOKENS):
+        ids = logits.argmax(-1)
+        going = []
+        for place, (i, token) in enumerate(zip(here, ids.tolist(), strict=True)):
+            written[i].append(token)
+            if not (ends[token] and len(written[i]) >= asked[i][1]):
+                going.append(place)
+        if not going or step + 1 == NEW_TOKENS:
+            break
+        if len(going) < len(here):
+            cache.reorder_cache(torch.tensor(going, device=model.device))
+            ids, here = ids[going], [here[place] for place in going]
+        logits, cache = _next(model, ids[:, None], cache)
+    return written
+
+
 def answers(
     model: Model,
     prompts: Sequence[str],
@@ -80,105 +300,38 @@ def answers(
     tick: Callable[[int], None] = lambda n: None,
     emit: Emit = silent,
 ) -> list[str]:
-    """Greedy words after each prompt, to the first sentence end or `NEW_TOKENS`, without the final full stop.
+    """Greedy words after each prompt; as `hear`."""
+    asks = [Ask(prompt, (), at_least[i] if at_least else 1) for i, prompt in enumerate(prompts)]
+    return [heard.words for heard in hear(model, asks, tick, emit)]
+
+
+def scores(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) -> list[Score]:
+    """The score of each (prompt, answer); as `hear`."""
+    return [heard.scores[0] for heard in hear(model, [Ask(p, (answer,), 0) for p, answer in pairs], emit=emit)]
+
+
+@torch.no_grad()
+def likelihoods(
+    model: Model, texts: Sequence[str], emit: Emit = silent, most: int | None = None
+) -> list[tuple[float, int]]:
+    """For each text the log-likelihood (nats) of its tokens after the first, and their number.
 
     Args:
-        at_least: for each prompt, tokens before which a sentence end does not count, so that "St. Louis" can be said.
-        tick: told how many prompts were answered.
-
-    Raises:
-        InvalidInput: a prompt is longer than the model can read.
+        most: tokens of a text that are read; None for as many as the model can.
     """
-    ends = _ends_sentence(model)
-    encoded = [_fitting(model, prompt) for prompt in prompts]
-
-    def work(indices: Sequence[int]) -> list[str]:
-        ids = torch.tensor([encoded[i] for i in indices], device=model.device)
-        written: list[list[int]] = [[] for _ in indices]
-        open_rows = set(range(len(indices)))
-        extra: dict[str, Any] = {}
-        for _ in range(NEW_TOKENS):
-            result = model.net(input_ids=ids, use_cache=True, **extra)
-            extra = {"past_key_values": result.past_key_values}
-            ids = result.logits[:, -1].argmax(-1, keepdim=True)
-            for row, token in enumerate(ids[:, 0].tolist()):
-                if row in open_rows:
-                    written[row].append(token)
-                    wanted = at_least[indices[row]] if at_least else 1
-                    if ends[token] and len(written[row]) >= wanted:
-                        open_rows.discard(row)
-            if not open_rows:
-                break
-        texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-        tick(len(indices))
-        return [" ".join(text.split()).removesuffix(".").rstrip() for text in texts]
-
-    return _each(encoded, len, work, emit)
-
-
-@torch.no_grad()
-def forced(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) -> list[tuple[float, float]]:
-    """For each (prompt, answer): mean negative log-likelihood of the answer's tokens (nats) and the share of them
-    that is the most probable token given the right ones before it."""
-    encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
-    return _forced(model, encoded, lambda losses, hits: (float(losses.mean()), float(hits.float().mean())), emit)
-
-
-@torch.no_grad()
-def probabilities(model: Model, pairs: Sequence[tuple[str, str]], emit: Emit = silent) -> list[float]:
-    """For each (prompt, answer) the probability that the prompt goes on with the answer: the product of those of all
-    its tokens, each given the right ones before it.
-
-    Raises:
-        InvalidInput: a prompt and its answer are longer than the model can read.
-    """
-    encoded = [split_answer(model, prompt, answer) for prompt, answer in pairs]
-    for (ids, _), (prompt, _) in zip(encoded, pairs, strict=True):
-        if len(ids) > model.context_length:
-            raise InvalidInput(
-                f"a prompt and its answer of {len(ids)} tokens are more than the {model.context_length} that "
-                f"{model.name} reads: {visible(prompt)}",
-                "shorten them",
-            )
-    return _forced(model, encoded, lambda losses, _: float((-losses.double().sum()).exp()), emit)
-
-
-def _forced(
-    model: Model, encoded: Sequence[tuple[list[int], int]], of: Callable[[Tensor, Tensor], R], emit: Emit
-) -> list[R]:
-    """What `of` makes of the losses and hits of each answer's tokens.
-
-    Args:
-        encoded: ids of prompt and answer together, and where the answer begins.
-    """
-
-    def work(indices: Sequence[int]) -> list[R]:
-        losses, hits = _scored(model, [encoded[i][0] for i in indices])
-        starts = [max(encoded[i][1] - 1, 0) for i in indices]
-        return [of(losses[row, start:], hits[row, start:]) for row, start in enumerate(starts)]
-
-    return _each(encoded, lambda e: len(e[0]), work, emit)
-
-
-@torch.no_grad()
-def likelihoods(model: Model, texts: Sequence[str], emit: Emit = silent) -> list[tuple[float, int]]:
-    """For each text the log-likelihood (nats) of its tokens after the first, and their number."""
-    encoded = [model.encode(text)[: model.context_length] for text in texts]
+    limit = min(most or model.context_length, model.context_length)
+    encoded = [model.encode(text)[:limit] for text in texts]
 
     def work(indices: Sequence[int]) -> list[tuple[float, int]]:
-        losses, _ = _scored(model, [encoded[i] for i in indices])
+        # All are of one length; a model without a start token has nothing to read of an empty text.
+        if len(encoded[indices[0]]) < 2:
+            return [(0.0, 0)] * len(indices)
+        ids = torch.tensor([encoded[i] for i in indices], device=model.device)
+        logits = model.net(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return [(-float(row.sum()), len(row)) for row in losses]
 
     return _each(encoded, len, work, emit)
-
-
-def _scored(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood (nats) of every token after the first, given those before it, and whether it is the most
-    probable; rows × (length − 1)."""
-    ids = torch.tensor(rows, device=model.device)
-    logits = model.net(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses, logits.argmax(-1) == ids[:, 1:]
 
 
 def _each(
@@ -202,7 +355,7 @@ def next_tokens(model: Model, prompts: Sequence[str], count: int, emit: Emit = s
 
     def work(indices: Sequence[int]) -> list[list[tuple[str, float]]]:
         ids = torch.tensor([encoded[i] for i in indices], device=model.device)
-        top = model.net(input_ids=ids, use_cache=False).logits[:, -1].float().softmax(-1).topk(count)
+        top = _next(model, ids, None)[0].float().softmax(-1).topk(count)
         return [
             [(model.tokenizer.decode([i]), p) for i, p in zip(tokens, chances, strict=True)]
             for tokens, chances in zip(top.indices.tolist(), top.values.tolist(), strict=True)

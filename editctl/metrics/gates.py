@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from editctl.errors import InvalidInput
-from editctl.metrics.edits import NAMES
-from editctl.metrics.values import GENERATED, KINDS, LOCALITY, TEACHER_FORCED, Answer, Metric
+from editctl.metrics.edits import NAMES, PROTOCOLS, RETENTION, forgotten, hit
+from editctl.metrics.values import Answer, Metric
 
 _KIND = {name: kind for kind, name in NAMES.items()}
-NAMED = (*_KIND, *(f"{NAMES[kind]}.{TEACHER_FORCED}" for kind in KINDS if kind != LOCALITY))
-"""What a threshold can be set for: a metric in the protocol `generated`, or NAME.PROTOCOL."""
+NAMED = (*PROTOCOLS, *(f"{name}.{protocol}" for name, protocols in PROTOCOLS.items() for protocol in protocols[1:]))
+"""What a threshold can be set for: a share in its first protocol, `generated` where it has that, or NAME.PROTOCOL."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,14 @@ def failures(
         edits: how many are live in it; without any it has nothing to pass.
     """
     found = []
-    values = {(metric.name, metric.protocol): metric.value for metric in metrics}
+    values = {(metric.name, metric.protocol): metric.value for metric in metrics if not metric.axis}
     for gate, wanted in gates.items() if edits else ():
         name, _, protocol = gate.partition(".")
-        value = values.get((name, protocol or GENERATED))
+        # A gate that another editctl knew is one that cannot be measured.
+        protocol = protocol or PROTOCOLS.get(name, ("",))[0]
+        value = values.get((name, protocol))
         if value is None or not value >= wanted:
-            asked = (answer for answer in answers if answer.kind == _KIND.get(name))
-            missed = (a.edit for a in asked if not (_forced(a) if protocol else a.ok))
+            asked = (answer for answer in answers if name in _KIND and answer.kind == _KIND[name])
+            missed = forgotten(answers) if name == RETENTION else (a.edit for a in asked if hit(a, protocol) is False)
             found.append(Failure(gate, wanted, value, tuple(dict.fromkeys(missed))))
     return tuple(found)
-
-
-def _forced(answer: Answer) -> bool:
-    return answer.forced_after is None or answer.forced_after >= 1

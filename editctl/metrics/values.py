@@ -10,8 +10,14 @@ from dataclasses import dataclass
 
 REWRITE, PARAPHRASE, LOCALITY, PORTABILITY = KINDS = ("rewrite", "paraphrase", "locality", "portability")
 """The kinds of prompt an edit is measured on, in the order they are shown."""
-GENERATED, TEACHER_FORCED = "generated", "teacher-forced"
-"""How an answer is had: the model's own greedy words, or token by token after the wanted ones."""
+GENERATED, TEACHER_FORCED, PROBABILITY = PROTOCOLS = ("generated", "teacher-forced", "probability")
+"""How an answer is judged: by the model's own greedy words; token by token after the wanted ones; by whether the wanted
+answer is likelier than its rival."""
+
+
+CHECKS = ("drift", "perplexity", "ability", "essence", "generation")
+"""What is measured beside answers: hidden states, ordinary text, canaries, texts about the subjects, and texts that the
+model writes about them (fluency and consistency)."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,48 @@ class Answer:
     forced_before: float | None = None
     """Teacher-forced token accuracy of the first wanted answer, 0 to 1; None without one."""
     forced_after: float | None = None
+    axis: str = ""
+    """What a portability probe tests: reasoning, alias, …"""
+    group: str = ""
+    """Prompts of one group are one question in several wordings: it is answered when any of them is."""
+    rival: str = ""
+    """The answer that the first wanted one is compared with: target_true, for locality target_new."""
+    nll_rival_before: float | None = None
+    """As `nll_before`, of the rival."""
+    nll_rival_after: float | None = None
+    argmax_before: tuple[int, ...] = ()
+    """At each token of the first wanted answer, the token that was the most probable one before."""
+    forced_same: float | None = None
+    """Share of those tokens that are the same after, 0 to 1; None without a wanted answer."""
+    soon: str | None = None
+    """Rewrite: greedy words right after the batch that wrote the edit; None where nothing was written since."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number over many answers, with the protocol that made it."""
+    """One number over many answers, with the protocol that made it. Only values of one name, protocol and axis may be
+    compared, and no two of different protocols averaged."""
 
     name: str
     """reliability, generalization, locality, portability, …"""
     protocol: str
-    """`GENERATED` or `TEACHER_FORCED`."""
+    """`GENERATED`, `TEACHER_FORCED` or `PROBABILITY`; a metric that is none of answers names its own."""
     value: float
     n: int
-    """How many prompts it is a mean over."""
+    """How many prompts, questions or edits it is of."""
     higher_is_better: bool = True
+    axis: str = ""
+    """The part of the prompts it is of, "" for all: for portability what they test."""
+    low: float | None = None
+    """95 % interval; None where none is known."""
+    high: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What another value must have the same to be compared with it."""
+        return self.name, self.protocol, self.axis
+
+
+def before_of(axis: str) -> str:
+    """The axis of what a metric was before, where it is of the model and not of a change."""
+    return f"before, {axis}" if axis else "before"

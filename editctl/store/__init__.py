@@ -5,13 +5,14 @@ Refuses: to change or forget a version once committed, to let two processes writ
 """
 
 from editctl.store.connection import user_at_host, utc_now
-from editctl.store.records import BASE, CANDIDATE, Draft, Fault, LiveEdit, Operation, Stored, Version, View
+from editctl.store.records import BASE, CANDIDATE, Draft, Evidence, Fault, LiveEdit, Operation, Stored, Version, View
 from editctl.store.store import Store
 
 __all__ = [
     "BASE",
     "CANDIDATE",
     "Draft",
+    "Evidence",
     "Fault",
     "LiveEdit",
     "Operation",

@@ -22,7 +22,7 @@ from editctl.spec import Edit
 from editctl.store import rows
 from editctl.store.connection import Connection
 from editctl.store.records import Fault
-from editctl.store.schema import digest, operation_seal, version_seal
+from editctl.store.schema import digest, evidence_id, operation_seal, version_seal
 from editctl.store.store import Store
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ def _sealed(store: Connection, db: Database) -> Iterator[Fault]:
     for row in db.table("edits").rows:
         if not _as_recorded(row):
             yield Fault(f"edit {row['id']}", "is not what was recorded", BACKUP)
+    last = ""
+    for row in db.table("evidence").rows_where(order_by="rowid"):
+        if evidence_id(row, last) != row["id"]:
+            yield Fault(f"evidence {row['id']}", "is not what was recorded, or one before it is gone", BACKUP)
+        last = row["id"]
     for row in list(db.table("versions").rows_where(select="id, seal")):
         if version_seal(db, row["id"]) != row["seal"]:
             yield Fault(f"version {row['id']}", "its record is not what was committed", BACKUP)

@@ -201,6 +201,25 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What was found out about a version after it was made, for example where a fact is kept."""
+
+    id: str
+    """The first 12 hexadecimal digits of the SHA-256 of everything else and of the id of the one before it."""
+    version: str
+    """Version id, "" for the unedited model."""
+    kind: str
+    """trace, …"""
+    edit: str
+    """Id of the edit it is about, "" for none."""
+    data: dict[str, Any]
+    at: str
+    """ISO 8601, UTC."""
+    who: str
+    """user@host"""
+
+
+@dataclass(frozen=True)
 class Fault:
     """One thing wrong with a store."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from editctl.errors import StoreError
 from editctl.metrics.values import Answer, Metric
-from editctl.store.records import BASE, CANDIDATE, LiveEdit, Operation, Stored, Version, View
+from editctl.store.records import BASE, CANDIDATE, Evidence, LiveEdit, Operation, Stored, Version, View
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -136,7 +136,8 @@ def details(db: Database, table: str, version: str) -> list[dict[str, Any]]:
 
 def answer(row: dict[str, Any]) -> Answer:
     """A row of `answers`."""
-    return Answer(**{**row, "wanted": tuple(json.loads(row["wanted"])), "ok": bool(row["ok"])})
+    lists = {name: tuple(json.loads(row[name])) for name in ("wanted", "argmax_before")}
+    return Answer(**{**row, **lists, "ok": bool(row["ok"])})
 
 
 def metric(row: dict[str, Any]) -> Metric:
@@ -155,6 +156,14 @@ def last_answers(db: Database, version: str, edits: Sequence[str]) -> tuple[Answ
     join answers a on a."version" = chain.id and a.edit = asked.edit order by chain.depth desc, a.position"""
     found = db.query(sql, {"version": version, "edits": json.dumps(list(edits))})
     return tuple(answer(row) for row in found)
+
+
+def evidence(db: Database, version: str | None = None, kind: str | None = None) -> list[Evidence]:
+    """What was found out about a version, or about any, newest first."""
+    wanted = {name: value for name, value in (("version", version), ("kind", kind)) if value is not None}
+    where = " and ".join(f'"{name}" = :{name}' for name in wanted) or "1"
+    found = db.table("evidence").rows_where(where, wanted, order_by="rowid desc")
+    return [Evidence(**{**row, "data": json.loads(row["data"])}) for row in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

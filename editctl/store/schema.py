@@ -90,7 +90,26 @@ def m002_views(db: Database) -> None:
         operations.update(row["id"], {"seal": seal})
 
 
-STEPS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_views)
+def m003_measures(db: Database) -> None:
+    """Answers and metrics say more of how they came to be; evidence is kept beside versions."""
+    whole = [row["id"] for row in db.table("versions").rows if version_seal(db, row["id"]) == row["seal"]]
+    texts = {"answers": {"axis": "", "group": "", "rival": "", "argmax_before": "[]"}, "metrics": {"axis": ""}}
+    numbers = {"answers": ("nll_rival_before", "nll_rival_after", "forced_same"), "metrics": ("low", "high")}
+    for table, columns in texts.items():
+        for name, empty in columns.items():
+            db.table(table).add_column(name, str, not_null_default=empty)
+        for name in numbers[table]:
+            db.table(table).add_column(name, float)
+    db.table("answers").add_column("soon", str)
+    kept = {"id": str, "version": str, "kind": str, "edit": str, "data": str, "at": str, "who": str}
+    db.table("evidence").create(kept, pk="id", strict=True)
+    db.table("evidence").create_index(["version"])
+    # A record that was damaged before must not look whole now.
+    for version in whole:
+        db.table("versions").update(version, {"seal": version_seal(db, version)})
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_views, m003_measures)
 
 
 @cache
@@ -127,6 +146,11 @@ def version_seal(db: Database, version: str) -> str:
     for row in db.query(f"select e.* from {own}", [version]):
         total.update(digest(row).encode())
     return total.hexdigest()
+
+
+def evidence_id(row: Mapping[str, Any], before: str) -> str:
+    """Name of a piece of evidence after its content and the name of the one before it, of which it tells if it goes."""
+    return digest([before, {k: v for k, v in row.items() if k != "id"}])[:12]
 
 
 def operation_seal(row: Mapping[str, Any], before: str) -> str:

@@ -26,9 +26,21 @@ from editctl.errors import StalePlan, StoreError
 from editctl.metrics.values import Answer, Metric
 from editctl.store import rows
 from editctl.store.connection import Connection, _holder
-from editctl.store.records import BASE, CANDIDATE, Difference, Draft, LiveEdit, Operation, Stored, Version, View, _Made
+from editctl.store.records import (
+    BASE,
+    CANDIDATE,
+    Difference,
+    Draft,
+    Evidence,
+    LiveEdit,
+    Operation,
+    Stored,
+    Version,
+    View,
+    _Made,
+)
 from editctl.store.rows import plain
-from editctl.store.schema import digest, operation_seal, version_seal
+from editctl.store.schema import digest, evidence_id, operation_seal, version_seal
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -166,6 +178,11 @@ class Store(Connection):
         """The JSON lines of the run that made the version."""
         return tuple(row["line"] for row in self._details("events", version))
 
+    def evidence(self, version: str | None = None, kind: str | None = None) -> list[Evidence]:
+        """What was found out about a version ("" for the unedited model), or about any; newest first."""
+        with self._reading() as db:
+            return rows.evidence(db, version, kind)
+
     def _details(self, table: str, version: Version | None) -> list[dict[str, Any]]:
         with self._reading() as db:
             return rows.details(db, table, version.id if version else "")
@@ -250,6 +267,22 @@ class Store(Connection):
             about = instead_of or version.id
             self._record(db, verb, view, command, description, note=note, about=about, edits=tuple(without))
             return version
+
+    def add_evidence(self, version: str, kind: str, edit: str, data: Mapping[str, Any]) -> Evidence:
+        """Keep what was found out about a version ("" for the unedited model); the view stays as it is.
+
+        Raises:
+            StoreError: there is no such version.
+            Locked: another process is writing.
+        """
+        with self._writing(kind, create=True) as db:
+            if version and rows.find(db, version) is None:
+                raise StoreError(f"the version {version} is not in the store {self.root}", rows.look(db))
+            row = {"version": version, "kind": kind, "edit": edit, "data": plain(dict(data))}
+            row |= {"at": self._time(), "who": self._who}
+            last = next(iter(rows.evidence(db)), None)
+            db.table("evidence").insert({"id": evidence_id(row, last.id if last else ""), **row})
+            return rows.evidence(db)[0]
 
     def accept(
         self, ref: str = CANDIDATE, *, note: str = "", edits: Sequence[str] = (), command: str = ""

@@ -50,6 +50,7 @@ POLL = 1.0
 """Seconds between looks at whether files or the store changed."""
 UNLISTED = frozenset(
     {"pane.down", "pane.up", *(f"list.{way}" for way in ("down", "up", "page-down", "page-up", "first", "last"))}
+    | {f"heat.{way}" for way in ("left", "right", "up", "down", "first", "last")}
 )
 """Moving about, which the palette need not do."""
 PULSE = 0.5
@@ -121,7 +122,7 @@ class EditctlApp(App[None]):
     TITLE = "editctl"
     # All at once: a style sheet that comes later makes everything be styled anew, 30 ms in the middle of a run.
     CSS_PATH: ClassVar[list[str]] = [  # type: ignore[assignment]
-        *("app.tcss", "plan.tcss", "run.tcss", "review.tcss", "history.tcss", "ask.tcss", "form.tcss"),
+        *("app.tcss", "plan.tcss", "run.tcss", "review.tcss", "history.tcss", "ask.tcss", "form.tcss", "trace.tcss"),
     ]
     # Each place's module is loaded when it is first shown: the first paint needs one of them.
     MODES: ClassVar[dict[str, Callable[[], Place]]] = {  # type: ignore[assignment]
@@ -180,6 +181,8 @@ class EditctlApp(App[None]):
         """How often a place was gone to."""
         self.elsewhere = ""
         """Who else is changing the store; empty when nobody is."""
+        self.pointed = ""
+        """Key of the edit under the cursor in Specs."""
         self.reviewed: str | None = None
         """The version that Review shows; None is the newest candidate, else the head."""
         self.trouble = ""

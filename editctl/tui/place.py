@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from editctl.tui.app import EditctlApp
 
 PLACES = {"specs": "Specs", "plan": "Plan", "run": "Run", "review": "Review", "history": "History", "ask": "Ask"}
-"""The places in the order of their keys, 1 to 6."""
+PLACES |= {"trace": "Trace"}
+"""The places in the order of their keys, 1 to 7."""
 
 
 def plain(text: str) -> Text:

@@ -99,6 +99,7 @@ class SpecsPlace(Place):
     def _detail(self) -> None:
         item, problems = self.chosen, self.desk.specs.problems
         staged = item is not None and item.key in self.desk.staged
+        self.desk.pointed = item.key if item else ""
         pane, state = self.query_one(Pane), (item, staged, problems)
         pane.show_once(item and item.key, state, lambda: item_view(item, staged) if item else problems_view(problems))
         self.refresh_bindings()

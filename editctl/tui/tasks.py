@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KEPT = 1000
 """Lines that are shown, the last ones."""
-LOADING = frozenset({"export", "verify", "measure"})
+LOADING = frozenset({"export", "verify", "measure", "trace"})
 """Verbs that load the model; two models at once may be more than the device holds."""
 PACE = 0.3
 """Seconds between looks at the log."""
@@ -56,18 +56,25 @@ class Task(Tells, ModalScreen[int | None]):
         verb: str,
         arguments: Sequence[str],
         view: Callable[[Sequence[str]], RenderableType] | None = None,
+        read: Callable[[str], str] = str,
+        leaves: bool = False,
     ) -> None:
         """
         Args:
             verb: what its log is named after.
             arguments: of the command line, after `editctl`.
             view: how its output is shown once it has ended well; by default as it is.
+            read: how a line of its output is shown while it works; empty for one that is not.
+            leaves: whether it goes by itself once it has ended well.
         """
         super().__init__()
+        self._read, self._leaves = read, leaves
         self._title, self._verb, self._arguments, self._view = title, verb, list(arguments), view
         self._child: Child | None = None
         self._said: list[str] = []
         """Lines of its standard output."""
+        self._told: list[str] = []
+        """The same as they are shown."""
         self._log: list[str] = []
         """Lines of its log, which has its complaints too."""
         self._cancelled = False
@@ -106,7 +113,7 @@ class Task(Tells, ModalScreen[int | None]):
         try:
             self._child = child = await self.desk.start(self._verb, self._arguments)
         except OSError as error:
-            self._said.append(f"editctl cannot be started: {error.strerror}")
+            self._told.append(f"editctl cannot be started: {error.strerror}")
             self.code = int(Exit.FAILED)
             self._show()
             return
@@ -117,6 +124,7 @@ class Task(Tells, ModalScreen[int | None]):
             await child.send("")
             while line := await child.line():
                 self._said.append(line)
+                self._told.append(self._read(line))
                 if len(self._said) % BURST == 0:
                     await asyncio.sleep(0)
             code = await child.wait()
@@ -130,6 +138,8 @@ class Task(Tells, ModalScreen[int | None]):
         self._child, self.code = None, code
         self._show()
         self.desk.look()
+        if self._leaves and code == Exit.OK and self.is_current:
+            self.dismiss(code)
 
     @work(group="log", exclusive=True, exit_on_error=False)
     async def _look(self) -> None:
@@ -148,7 +158,7 @@ class Task(Tells, ModalScreen[int | None]):
             state.update(Text(words, "bold" if self.code == Exit.OK else "bold yellow"))
         self.query_one("#hint", Static).update("esc cancels" if self.code is None else "esc leaves, j and k scroll")
         known = set(self._log)
-        lines = [*self._log, *(line for line in self._said if line not in known)]
+        lines = [*self._log, *(line for line in self._told[-KEPT:] if line and line not in known)]
         body: RenderableType = plain("\n".join(lines[-KEPT:]))
         viewed = False
         if self.code == Exit.OK and self._view is not None:

@@ -1,0 +1,38 @@
+"""Efficiency: what a version cost, from what its run recorded.
+
+Protocol `recorded`: wall-clock seconds of the run by phase and its peak memory, as they stand with the version; bytes
+of its own delta files. Knows: the division by edits. Refuses: to measure anything; times of other machines, or of a
+machine that does other things, are no comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from editctl.metrics.values import Metric
+
+RECORDED = "recorded"
+"""The protocol."""
+SECONDS, MEMORY, DISK = "seconds an edit", "peak memory", "disk an edit"
+
+
+def efficiency(seconds: Mapping[str, float], peak_mb: float, edits: int, size: int) -> tuple[Metric, ...]:
+    """Seconds an edit, over all phases and by phase, peak memory in MB (2²⁰ bytes), and bytes on disk an edit.
+
+    Args:
+        seconds: by phase, of the whole run.
+        edits: how many the run wrote; without any nothing is an edit's share, and only the memory is told.
+        size: bytes of the delta files that the run wrote.
+
+    Returns:
+        Metrics without intervals: one run is one draw.
+    """
+    found = []
+    if edits > 0 and seconds:
+        found.append(Metric(SECONDS, RECORDED, sum(seconds.values()) / edits, edits, False))
+        found += [Metric(SECONDS, RECORDED, spent / edits, edits, False, phase) for phase, spent in seconds.items()]
+    if peak_mb > 0:
+        found.append(Metric(MEMORY, RECORDED, peak_mb, 1, False))
+    if edits > 0:
+        found.append(Metric(DISK, RECORDED, size / edits, edits, False))
+    return tuple(found)
