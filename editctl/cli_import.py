@@ -61,7 +61,8 @@ def _importing(function: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of all formats."""
     decorate = options(
         click.argument("file", type=click.Path()),
-        click.option("-o", "--out", required=True, type=click.Path(), help="Spec file to write, or a folder for it."),
+        click.option("-o", "--out", type=click.Path(), help="Spec file to write, or a folder for it."),
+        click.option("--dry-run", is_flag=True, help="Tell what would be imported, and write nothing."),
         click.option("--limit", type=click.IntRange(1), help="Read so many records from the first."),
         click.option("--strict", is_flag=True, help="Write nothing if a record cannot be an edit."),
         from_yes,
@@ -101,18 +102,30 @@ for _name, _what in NAMES.items():
 
 
 def _import(
-    form: str, /, file: str, out: str, limit: int | None, strict: bool, yes: bool, as_json: bool, target: str = ""
+    form: str,
+    /,
+    file: str,
+    out: str | None,
+    dry_run: bool,
+    limit: int | None,
+    strict: bool,
+    yes: bool,
+    as_json: bool,
+    target: str = "",
 ) -> None:
     """Look at the file, tell what it holds, write the specs.
 
     Raises:
-        InvalidInput: it is none of a benchmark, holds no edit, or with `strict` a record that is none.
+        InvalidInput: it is none of a benchmark, holds no edit, or with `strict` a record that is none; or it is not
+            said where the specs go.
     """
     from editctl.importers.work import Importer, existing
     from editctl.plan import count
     from editctl.report import safe
 
-    path = _spec_path(out, Path(file))
+    path = _spec_path(out, Path(file)) if out else None
+    if path is None and not dry_run:
+        raise InvalidInput("it is not said where the specs go", "name a spec file or a folder with -o")
     importer = Importer(Path(file), form, target=target or "", limit=limit)
     name = importer.format.name
     if as_json:
@@ -131,8 +144,10 @@ def _import(
         advice = "without --strict the others are imported" if survey.edits else importer.advice()
         problems = [row.problem(file) for row in rows.first]
         raise InvalidInput(f"{refused} in {file} cannot be edits", f"nothing was written; {advice}", problems)
-    _may_replace(existing(path), yes)
-    written = importer.write(path, rows.tell)
+    written: list[tuple[Path, int]] = []
+    if path is not None and not dry_run:
+        _may_replace(existing(path), yes)
+        written = importer.write(path, rows.tell)
     if as_json:
         for part, edits in written:
             talk.line({"type": "file", "path": str(part), "edits": edits})
@@ -140,7 +155,7 @@ def _import(
         talk.line({"type": "summary", **counts, "refused": dict(survey.refused), "asides": dict(survey.asides)})
         return
     rows.say()
-    for text in _summary(survey):
+    for text in _summary(survey, "can be imported" if dry_run else "imported"):
         _say(text)
     for part, _ in written:
         click.echo(safe(str(part)))
@@ -214,12 +229,12 @@ def _say(text: str) -> None:
     report.console(stderr=True).print(report.safe(text), soft_wrap=True)
 
 
-def _summary(survey: Survey) -> list[str]:
+def _summary(survey: Survey, done: str) -> list[str]:
     """What came of the records, counted."""
     from editctl.plan import count
 
     good, edits = survey.records - sum(survey.refused.values()), count(survey.edits, "edit")
-    said = [f"{good} of {count(survey.records, 'record')} imported as {edits}"]
+    said = [f"{good} of {count(survey.records, 'record')} {done} as {edits}"]
     if survey.merged:
         said[0] += f"; {survey.merged} more said what an earlier record says"
     for title, reasons in (("not imported", survey.refused), ("kept under extra", survey.asides)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from editctl import talk
+from editctl.errors import InvalidInput
 from editctl.flags import as_json, from_corpus, from_flags, options, specs_argument
 from editctl.metrics.values import CHECKS
 from editctl.workspace import Workspace
@@ -460,6 +461,8 @@ def study_runtime(
         chosen = [one.settings(name) for name in names or ("alphaedit", "memit", "memit-history")]
         one.time(chosen, batches or (1, 10, 100), repeat)
         return
+    if names or given["out"]:
+        raise InvalidInput("--method and -o are of methods beside each other", "name the SPECS they are timed on")
     as_json, flags = given.pop("as_json"), {k: v for k, v in given.items() if k not in ("out", "checks", "texts")}
     space = space.with_flags(**flags)
     with report.showing_run(report.console(stderr=True)) as emit:

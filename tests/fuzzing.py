@@ -767,6 +767,8 @@ def filled(cls: Any, text: str, **given: Any) -> Any:
         "dict[str, float]": {text: 0.5},
         "dict[str, tuple[float, float]]": {text: (1.0, 2.0)},
         "tuple[Probe, ...]": (),
+        "tuple[int, ...]": (1,),
+        "str | None": text,
         "float": 0.5,
         "float | None": 0.5,
         "int": 1,
@@ -955,6 +957,7 @@ def pretend(text: str) -> None:
     import editctl.engine
     from editctl import events
     from editctl.errors import ModelError
+    from editctl.metrics.values import Metric
     from editctl.workspace import Workspace
 
     def run(plan: object, model: object, base: str, store: Any, emit: Callable[[object], None], order: object) -> Any:
@@ -964,15 +967,15 @@ def pretend(text: str) -> None:
         return store.resolve("candidate" if isinstance(order, dict) and order.get("verb") == "replay" else "@")
 
     rooms: dict[str, dict[str, Any]] = {
-        "run": {
-            "run": run,
-            "Order": lambda **order: order,
-            "measure": lambda model, store, version, other, emit: store.answers(version),
+        "run": {"run": run, "Order": lambda **order: order},
+        "checks": {"Wanted": lambda *wanted: wanted},
+        "measuring": {
+            "measure": lambda model, store, version, *others: (store.answers(version), (filled(Metric, text),) * 2),
         },
         "speak": {
             "answers": lambda model, prompts: [text for _ in prompts],
             "next_tokens": lambda model, prompts, top: [[(text, 0.5)] * top for _ in prompts],
-            "probabilities": lambda model, pairs: [0.5 for _ in pairs],
+            "scores": lambda model, pairs: [SimpleNamespace(probability=0.5) for _ in pairs],
         },
         "trace": {"trace": lambda model, cases, **options: [traced(case, text) for case in cases]},
         "wear": {

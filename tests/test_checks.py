@@ -82,12 +82,12 @@ def test_what_the_model_had_before_stands_beside_it(llama: Model) -> None:
     """Damage shows in each; without it everything is as it was."""
     found = compared(llama, *CHECKS)
     for name, protocol in (("perplexity", "teacher-forced"), ("essence", "teacher-forced"), ("fluency", "sampled")):
-        assert found[name, protocol, ""].value != found[name, protocol, "before"].value
-    assert found["perplexity", "teacher-forced", ""].value > found["perplexity", "teacher-forced", "before"].value
+        assert found[name, protocol, ""].value != found[name, protocol, "was"].value
+    assert found["perplexity", "teacher-forced", ""].value > found["perplexity", "teacher-forced", "was"].value
     assert found["drift", "hidden states", ""].value > 0.01
     same = compared(llama, *CHECKS, harm=False)
     for key, metric in same.items():
-        if key[2] == "before":
+        if key[2] == "was":
             assert metric.value == same[key[0], key[1], ""].value
     assert same["drift", "hidden states", ""].value == same["ability change", "probability", ""].value == 0
 
@@ -133,4 +133,4 @@ def test_a_harness_that_is_not_installed_is_said(llama: Model) -> None:
             Checks(Wanted(tasks=("hellaswag",)), (), silent).side(llama, 1)
     sides = [Side(alone=[Metric("task hellaswag", "lm-eval", value, 10, axis="acc")]) for value in (0.5, 0.25)]
     found = Checks(Wanted(), (), silent).compare(*sides)
-    assert [(m.axis, m.value) for m in found] == [("acc", 0.25), ("before, acc", 0.5)]
+    assert [(m.axis, m.value) for m in found] == [("acc", 0.25), ("was, acc", 0.5)]

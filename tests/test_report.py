@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -545,3 +546,58 @@ def test_a_run_on_a_terminal_shows_every_stage_without_failing(stage: str) -> No
         emit(events.VersionMade("v", "p", "w", {}, 1.0))
     assert "\x1b[31m\x1b]0;title" not in out.getvalue() and "7777" not in out.getvalue()
     assert "note: [red]x[/red]" in out.getvalue()
+
+
+# What is measured
+
+
+def test_counts_of_different_protocols_are_told_apart() -> None:
+    """And the part of a metric stands under it; what has no value is a dash."""
+    metrics = [
+        Metric("locality", "generated", 0.9, 156, low=0.8, high=0.95),
+        Metric("locality", "probability", 1.0, 106),
+        Metric("portability", "generated", 0.5, 10),
+        Metric("portability", "generated", 0.25, 4, axis="[red]alias"),
+    ]
+    text = rendered(report.metrics_view(metrics))
+    assert re.search(r"locality +90\.0 % 80–95 +- +100\.0 % +156/106\n", text)
+    assert re.search(r"portability +50\.0 % +- +- +10\n  \[red\]alias +25\.0 % +- +- +4\n", text)
+
+
+def test_what_is_no_share_says_its_unit_direction_and_what_it_was_before() -> None:
+    """Parts only where they are asked for; a value that is no number is said."""
+    metrics = [
+        Metric("perplexity", "teacher-forced", 25.126, 30, False),
+        Metric("perplexity", "teacher-forced", 24.9, 30, False, "was"),
+        Metric("drift", "hidden states", 0.02, 100, False, "", 0.01, 0.03),
+        Metric("drift", "hidden states", 0.5, 900, False, "largest"),
+        Metric("fluency", "sampled", math.nan, 3),
+    ]
+    text, whole = (rendered(report.metrics_view(metrics, parts=parts)) for parts in (False, True))
+    assert re.search(r"perplexity +25\.13 +24\.90 +30 +lower +teacher-forced", text)
+    assert re.search(r"drift +2\.0 % 1\.0 %–3\.0 % +- +100 +lower", text)
+    assert re.search(r"fluency +no number +- +3 +higher", text)
+    assert "largest" not in text and re.search(r"  largest +50\.0 % +- +900", whole)
+    assert "was" not in whole, "it is a column, not a row"
+
+
+def test_the_retention_curve_names_what_is_forgotten() -> None:
+    """In order of application; without a batch after any edit there is none."""
+
+    def told(n: int, soon: str | None, ok: bool) -> Answer:
+        return Answer(f"fact-{n}[b]", REWRITE, "p", ("Rome",), "Bern", "Rome" if ok else "Bern", ok, soon=soon)
+
+    answers = [told(n, "Rome", n != 3) for n in range(20)] + [told(20, None, True)]
+    text = rendered(report.retention_view(answers))
+    assert re.search(r"1–2 +100\.0 % +100\.0 %\n3–4 +100\.0 % +50\.0 %\n", text)
+    assert "forgotten: fact-3[b]" in text and "19–20" in text and "21" not in text
+    assert rendered(report.retention_view([told(0, None, True)])).strip() == ""
+
+
+def test_what_could_not_be_measured_is_said_with_the_reason() -> None:
+    """Instead of a zero or nothing; what was measured is not among it."""
+    text = rendered(
+        report.unmeasured_line([Metric("reliability", "generated", 1.0, 2), Metric("locality", "generated", 1.0, 2)])
+    )
+    assert "generalization (no edit has paraphrases)" in text and "probabilities (no edit names target_true)" in text
+    assert "fluency (no edit has openings" in text and "locality" not in text

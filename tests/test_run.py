@@ -46,7 +46,7 @@ from editctl.events import (
     silent,
 )
 from editctl.metrics.edits import questions
-from editctl.metrics.values import LOCALITY, Answer
+from editctl.metrics.values import LOCALITY, REWRITE, Answer
 from editctl.plan import make
 from editctl.spec import Probe
 from editctl.store import Store, Version
@@ -364,6 +364,23 @@ def test_words_before_are_those_from_before_each_edit_was_first_applied(
         assert all(a.before == b.before for a, b in pairs if a.edit in mine)
     assert [a.before for a in recorded if a.edit in old] != [a.before for a in against_first if a.edit in old]
     assert all(a.after == b.after for a, b in zip(recorded, against_base, strict=True))
+
+
+def test_what_was_said_right_after_a_batch_is_recorded(llama: Model, store: Store, corpus: Path) -> None:
+    """Of the batches before the last, in the words of the weights of then; a later version knows it of all that is
+    there, from the version that made it."""
+    half = apply(llama, store, FACTS[:2], corpus)
+    then = {a.edit: a.after for a in store.answers(half) if a.kind == REWRITE}
+    assert all(a.soon is None for a in store.answers(half)), "nothing was written since"
+    later = apply(llama, store, FACTS, corpus)
+    soon = {a.edit: a.soon for a in store.answers(later) if a.kind == REWRITE}
+    assert soon == {**then, FACTS[2].id: None, FACTS[3].id: None}
+    assert all(a.soon is None for a in store.answers(later) if a.kind != REWRITE)
+    other = Store(store.root.with_name("at-once"), who="me@here")
+    at_once = apply(llama, other, FACTS, corpus)
+    assert {a.edit: a.soon for a in other.answers(at_once) if a.kind == REWRITE} == soon
+    reasked = {a.edit: a.soon for a in measure(llama, store, later, None, silent) if a.kind == REWRITE}
+    assert reasked == soon
 
 
 def test_a_probe_added_to_a_live_edit_is_held_to_the_unedited_model(llama: Model, store: Store, corpus: Path) -> None:

@@ -45,8 +45,8 @@ def one_by_one(model: Model, asked: list[Question]) -> dict[Question, str]:
 
 @pytest.mark.timing
 def test_asking_together_is_eight_times_as_fast_as_record_by_record() -> None:
-    """Of records with ten neighbours each, on the built-in model; both say the same. The better of two runs counts, for a
-    busy machine slows small passes and large ones unlike."""
+    """Of records with ten neighbours each, on the built-in model; both say the same. The better of two runs counts,
+    for a busy machine slows small passes and large ones unlike."""
     model = load("atlas", device="cpu")
     made, kept = sequential.make(RECORDS, 300, 0)
     pool, rng = [q for some in kept.values() for q in some], random.Random(0)

@@ -482,8 +482,10 @@ def test_the_study_of_runtime_times_methods_on_the_same_specs(
     assert [(row["method"], row["batch"], row["times"]) for row in rows] == table
     assert all(0 < row["least"] <= row["all"] <= row["most"] for row in rows)
     assert study(*asked, "--batch", "1", "--batch", "3", "-o", "kept") == rows
-    with pytest.raises(SystemExit):
-        study(*asked, "--batch", "5")
+    for refused in ((*asked, "--batch", "5"), ("runtime", "--method", "memit"), ("runtime", "-o", "other")):
+        with pytest.raises(SystemExit) as error:
+            study(*refused)
+        assert error.value.code == 2
 
 
 def test_made_pairs_are_of_one_subject_and_different_facts() -> None:

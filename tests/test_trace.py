@@ -174,34 +174,35 @@ def test_tokens_before_the_subject_have_no_effect_and_the_last_state_has_all(pre
 
 def test_a_trace_is_the_same_again_alone_or_among_others(precise: Model) -> None:
     """The noise follows from the seed and the prompt's shape alone; another seed is another noise."""
-    cases = [marked(prompt) for prompt in PROMPTS]
-    together = traced(precise, *cases, samples=2)
-    assert traced(precise, *cases, samples=2) == together
-    assert [traced(precise, case, samples=2)[0] for case in cases] == together
-    other = traced(precise, cases[0], samples=2, seed=1)[0]
+    cases, how = [marked(prompt) for prompt in PROMPTS], {"samples": 2, "kinds": [MLP]}
+    together = traced(precise, *cases, **how)
+    assert traced(precise, *cases, **how) == together
+    assert [traced(precise, case, **how)[0] for case in cases] == together
+    other = traced(precise, cases[0], **how, seed=1)[0]
     assert other.clean == together[0].clean and other.corrupted != together[0].corrupted
 
 
 def test_few_rows_at_once_give_the_same(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens to restore do not influence each other, so memory that runs out changes nothing but the pace."""
     model, case, notes = loaded("llama", "float64"), marked(PROMPTS[0]), list[Event]()
-    (whole,) = traced(model, case, samples=4)
+    how: dict[str, Any] = {"samples": 4, "kinds": [MLP]}
+    (whole,) = traced(model, case, **how)
     monkeypatch.setattr(room, "ROWS", 1)
-    (single,) = traced(model, case, samples=4)
+    (single,) = traced(model, case, **how)
     monkeypatch.undo()
     restored, failed = room._Runs._restored, list[int]()
 
     def short(self: Any, kind: str, blocks: range, tokens: Sequence[int]) -> list[float]:
-        if len(tokens) > 2 and blocks == range(1):
+        if len(tokens) > 2 and blocks[0] == 2:
             failed.append(len(tokens))
             raise MemoryError
         return restored(self, kind, blocks, tokens)
 
     monkeypatch.setattr(room._Runs, "_restored", short)
-    (halved,) = traced(model, case, samples=4, emit=notes.append)
+    (halved,) = traced(model, case, **how, emit=notes.append)
     assert failed and [event for event in notes if isinstance(event, Note)]
     for other in (single, halved):
-        assert max(off(whole.effects[kind], other.effects[kind]) for kind in KINDS) < 1e-12
+        assert off(whole.effects[MLP], other.effects[MLP]) < 1e-12
 
 
 def test_nothing_is_left_on_the_model(precise: Model) -> None:
@@ -465,8 +466,8 @@ def early_site(count: int, samples: int) -> None:
 
 
 def test_facts_of_the_built_in_model_pass_the_subjects_last_token_early() -> None:
-    """On eight facts; corrupting or restoring anything else does not show it."""
-    early_site(8, 2)
+    """On six facts; corrupting or restoring anything else does not show it."""
+    early_site(6, 2)
 
 
 @pytest.mark.slow
@@ -703,7 +704,7 @@ def test_a_version_is_traced_on_its_own_weights(run: Run, loaded: Any, tmp_path:
     """The evidence stands with it; the unedited model has none of it."""
     model = loaded("llama")
     store = Store(Path("store"))
-    version = tiny.apply(model, store, tiny.FACTS, corpus)
+    version = tiny.apply(model, store, tiny.FACTS[:1], corpus)
     case = marked("In the summer, {The Eiffel Tower} stands in")
     from editctl.engine import wear
 

@@ -144,7 +144,7 @@ def expected(shape: Shape, settings: Settings, new: int, asked: int, device: str
     if last is not None and last.edits and last.asked:
         editing = sum(last.seconds.get(phase, 0.0) for phase in ("target", "keys", "solve", "write"))
         asking = last.seconds.get("before", 0.0) + last.seconds.get("after", 0.0)
-        seconds = new * editing / last.edits + asked * asking / last.asked
+        seconds = new * editing / last.edits + asked * asking / last.asked + last.seconds.get("checks", 0.0)
         return Expected(memory, seconds, f"at the pace of version {last.version[:12]}")
     parameters = shape.weights / 2
     block = max(parameters - shape.vocabulary * shape.hidden, 0) / max(shape.blocks, 1)

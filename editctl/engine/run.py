@@ -187,6 +187,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
     with clock.stage("before"):
         called = {action.edit.id: action.old.id for action in plan.of(REMEASURE) if action.old}
         before, soon = _before(model, store, origin, called, staying, stay, fresh, known, tell)
+    with clock.stage("checks"):
         checks = Checks(Wanted(order.checks), _some(new, plan.head, tell) if order.checks else (), tell)
         unedited = checks.side(model, edited[-1], known) if edited else Side()
     _note_unknown(new, before, tell)
@@ -232,6 +233,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
                     soon |= ask_all(model, _own(edits), "after", silent).words
         with clock.stage("after"):
             after = ask_all(model, questions, "after", tell)
+        with clock.stage("checks"):
             beside = checks.compare(unedited, checks.side(model, edited[-1])) if lives else ()
         with clock.stage("commit"):
             tell(StageStarted("commit", 0))

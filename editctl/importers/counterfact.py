@@ -94,5 +94,5 @@ def _says(record: dict[str, Any], edit: Edit, asked: set[str]) -> bool:
     names = (*spec.REQUIRED, "target_true", "paraphrases", "generation")
     if any(getattr(again, name) != getattr(edit, name) for name in names):
         return False
-    kept = [(prompt, answer) for prompt, answer in said(again, "locality") if prompt not in asked - {edit.prompt}]
-    return kept == said(edit, "locality")
+    mine = [(prompt, answer) for prompt, answer in said(again, "locality") if prompt not in asked]
+    return mine == said(edit, "locality")

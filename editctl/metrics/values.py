@@ -86,5 +86,6 @@ class Metric:
 
 
 def before_of(axis: str) -> str:
-    """The axis of what a metric was before, where it is of the model and not of a change."""
-    return f"before, {axis}" if axis else "before"
+    """The axis of what a metric was before, where it is of the model and not of a change; no phase or family is called
+    so."""
+    return f"was, {axis}" if axis else "was"

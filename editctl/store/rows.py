@@ -158,11 +158,13 @@ def last_answers(db: Database, version: str, edits: Sequence[str]) -> tuple[Answ
     return tuple(answer(row) for row in found)
 
 
-def evidence(db: Database, version: str | None = None, kind: str | None = None) -> list[Evidence]:
+def evidence(
+    db: Database, version: str | None = None, kind: str | None = None, limit: int | None = None
+) -> list[Evidence]:
     """What was found out about a version, or about any, newest first."""
     wanted = {name: value for name, value in (("version", version), ("kind", kind)) if value is not None}
     where = " and ".join(f'"{name}" = :{name}' for name in wanted) or "1"
-    found = db.table("evidence").rows_where(where, wanted, order_by="rowid desc")
+    found = db.table("evidence").rows_where(where, wanted, order_by="rowid desc", limit=limit)
     return [Evidence(**{**row, "data": json.loads(row["data"])}) for row in found]
 
 

@@ -280,9 +280,9 @@ class Store(Connection):
                 raise StoreError(f"the version {version} is not in the store {self.root}", rows.look(db))
             row = {"version": version, "kind": kind, "edit": edit, "data": plain(dict(data))}
             row |= {"at": self._time(), "who": self._who}
-            last = next(iter(rows.evidence(db)), None)
+            last = next(iter(rows.evidence(db, limit=1)), None)
             db.table("evidence").insert({"id": evidence_id(row, last.id if last else ""), **row})
-            return rows.evidence(db)[0]
+            return rows.evidence(db, limit=1)[0]
 
     def accept(
         self, ref: str = CANDIDATE, *, note: str = "", edits: Sequence[str] = (), command: str = ""

@@ -35,7 +35,7 @@ from editctl.studies.journal import Journal
 
 RIGHT_AFTER, FIRST = "reliability right after", "first batch"
 """Metrics of the edits' own prompts: asked before the next batch is written; the first batch's, asked at a mark."""
-CORPUS = "corpus tokens"
+CORPUS, FREE = "corpus tokens", "free directions"
 CLOCK, STATISTICS = "clock", "statistics"
 """Protocols of what is no answer: seconds of editing, measuring left out; what the second moments leave free."""
 
@@ -86,7 +86,7 @@ class Mark:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self) | {
-            part: [{name: spelled(value) for name, value in asdict(metric).items()} for metric in getattr(self, part)]
+            part: [{name: _spelled(value) for name, value in asdict(metric).items()} for metric in getattr(self, part)]
             for part in _PARTS
         }
 
@@ -94,7 +94,8 @@ class Mark:
     def from_json(cls, data: Mapping[str, Any]) -> Mark:
         """Back from `to_json`."""
         answers, beside = (
-            tuple(Metric(**{**metric, "value": float(metric["value"])}) for metric in data[part]) for part in _PARTS
+            tuple(Metric(**{key: _read(key, value) for key, value in metric.items()}) for metric in data[part])
+            for part in _PARTS
         )
         return cls(data["edits"], data["seconds"], answers, beside, tuple(data["forgotten"]))
 
@@ -259,10 +260,9 @@ class Bench:
             moments = self._moments_of(settings)
             seen = min(moment.seen for moment in moments.values())
             beside.append(Metric(CORPUS, STATISTICS, seen, seen))
-            for block, moment in moments.items() if settings.null_space else ():
-                assert settings.null_space is not None
-                rank = moment.null_rank(settings.null_space)
-                beside.append(Metric("free directions", STATISTICS, rank, seen, axis=f"block {block}"))
+            if space := settings.null_space:
+                ranks = {block: moment.null_rank(space) for block, moment in moments.items()}
+                beside += [Metric(FREE, STATISTICS, rank, seen, axis=f"block {block}") for block, rank in ranks.items()]
         return Mark(done, seconds, tuple(metrics), tuple(beside), edit_metrics.forgotten(answers))
 
 
@@ -287,6 +287,11 @@ def _share(name: str, hits: Sequence[bool], axis: str = "") -> Metric:
     return Metric(name, GENERATED, sum(hits) / len(hits), len(hits), True, axis, low, high)
 
 
-def spelled(value: float | None) -> float | str | None:
-    """A number as JSON has it: what is not finite as a word that `float` reads."""
+def _spelled(value: Any) -> Any:
+    """A value as JSON has it: a number that is not finite as a word that `float` reads."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(name: str, value: Any) -> Any:
+    """A metric's field back from JSON."""
+    return float(value) if name in ("value", "low", "high") and value is not None else value

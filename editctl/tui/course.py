@@ -34,6 +34,8 @@ class Course:
     edits: int = 0
     batches: int = 0
     stage: str = "load"
+    checking: bool = False
+    """Whether what is beside the answers is being measured."""
     batch: int = 0
     done: int = 0
     total: int = 0
@@ -60,7 +62,10 @@ class Course:
             self.model, self.device, self.method = event.model, event.device, f"{event.method}, {event.dtype}"
             self.edits, self.batches = event.edits, event.batches
         elif isinstance(event, events.StageStarted):
-            self.stage, self.total, self.done = event.stage, event.total, 0
+            self.checking = event.stage == "checks"
+            if not self.checking:
+                # Checks are part of asking, before and after.
+                self.stage, self.total, self.done = event.stage, event.total, 0
             if event.stage == "target":
                 self.batch, self.step, self.solved = event.batch, 0, 0
         elif isinstance(event, events.Progress):
@@ -86,7 +91,8 @@ class Course:
         """The stage in words."""
         from editctl.report import TITLES
 
-        return TITLES.get(self.stage, self.stage)
+        stage = "checks" if self.checking else self.stage
+        return TITLES.get(stage, stage)
 
     @property
     def edits_done(self) -> int:
