@@ -46,7 +46,7 @@ def measure(
     **flags: Any,
 ) -> None:
     """Rebuild a version, check its weights hash, ask all its prompts again, and measure what is beside them."""
-    from editctl import report
+    from editctl import figures, report
 
     space = space.with_flags(**flags)
     store = space.store()
@@ -55,26 +55,32 @@ def measure(
         raise InvalidInput("base has no edits to measure", "name a version that has some")
     space = space.made_for([version, other])
     from editctl.engine import corpus, measuring
-    from editctl.engine.checks import Wanted
+    from editctl.engine.checks import PERPLEXITY, Wanted
     from editctl.metrics import edits as edit_metrics
 
     named = checks or tuple(space.config.checks)
-    texts = tuple(corpus.lines(space.config.model, text, corpus.content(space.config.model, text))) if text else ()
-    wanted = Wanted(tuple(name for name in named if name != NONE), texts, tasks, space.trusting)
+    name = space.config.model
+    texts = tuple(corpus.lines(name, text, content := corpus.content(name, text))) if text else ()
+    if text and not texts:
+        raise InvalidInput(f"{text} holds no text to measure perplexity on", "name another with --text")
+    told = f"{text} {content}" if text else ""
+    named = (*(check for check in named if check != NONE), *([PERPLEXITY] if text else []))
+    wanted = Wanted(named, texts, told, tasks, space.trusting)
     model = space.load()
     with report.showing_run(report.console(stderr=True)) as emit:
         answers, metrics = measuring.measure(model, store, version, other, emit, wanted)
     if as_json:
         talk.lines(
+            {"type": "measured", "version": version.id, "against": other.id if other else "", "checks": list(named)},
             *({"type": "answer", **asdict(answer)} for answer in answers),
             *({"type": "metric", **asdict(metric)} for metric in metrics),
             {"type": "forgotten", "edits": list(edit_metrics.forgotten(answers))},
         )
         return
     talk.show(report.answers_view(answers))
-    talk.show(report.metrics_view(metrics, parts=True))
-    talk.show(report.retention_view(answers))
-    talk.show(report.unmeasured_line(metrics))
+    talk.show(figures.MetricsView(metrics, parts=True))
+    talk.show(figures.retention_view(answers))
+    talk.show(figures.unmeasured_line(metrics, named))
 
 
 verbs = (measure,)

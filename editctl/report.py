@@ -5,10 +5,8 @@ Every text that comes from a spec, a model or a file goes through `safe` and int
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -21,22 +19,10 @@ from editctl.engine.cost import Expected
 from editctl.engine.methods import Method
 from editctl.errors import EditctlError, InvalidInput
 from editctl.events import Emit, Event
+from editctl.figures import MetricsView
 from editctl.metrics import gates
-from editctl.metrics.edits import PROTOCOLS, RETENTION, SCORE, forgotten, says
 from editctl.metrics.gates import Failure
-from editctl.metrics.units import written
-from editctl.metrics.values import (
-    KINDS,
-    LOCALITY,
-    PARAPHRASE,
-    PORTABILITY,
-    PROBABILITY,
-    REWRITE,
-    Answer,
-    Metric,
-    before_of,
-)
-from editctl.metrics.values import PROTOCOLS as ANSWERED
+from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
 from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Live, Plan, count
 from editctl.spec import Edit, visible
 from editctl.store import BASE, Fault, Operation, Version
@@ -51,8 +37,6 @@ CHANGES = 200
 """Changes of a plan that are listed."""
 FAILED = 20
 """Edits named under a gate."""
-CURVE = 10
-"""Points of a retention curve."""
 WIDTH = 120
 """Columns when the output is not a terminal."""
 
@@ -125,126 +109,6 @@ def _fact(edit: Edit, old: Edit | None) -> Text:
     return text.append(safe(edit.target_new, 30), "green")
 
 
-def metrics_view(metrics: Sequence[Metric], before: Sequence[Metric] = (), *, parts: bool = False) -> RenderableType:
-    """One row a metric: shares of answers by protocol, then what else was measured; each with its 95 % interval, or
-    with the change where what it was before is given.
-
-    Args:
-        parts: whether what a number is made of has rows too: families of canaries, phases of a run.
-    """
-    earlier = {metric.key: metric for metric in before}
-    shares = [m for m in metrics if m.name in PROTOCOLS]
-    kinds = [p for p in ANSWERED if p != PROBABILITY or any(m.protocol == p for m in shares)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("metric", *kinds, "prompts"):
-        table.add_column(head, justify="left" if head == "metric" else "right")
-    for name, axis in dict.fromkeys((m.name, m.axis) for m in shares):
-        rows = {m.protocol: m for m in shares if (m.name, m.axis) == (name, axis)}
-        cells = [_value(rows.get(p), earlier) for p in kinds]
-        named = Text(f"  {safe(axis)}", "dim") if axis else Text(safe(name))
-        counts = dict.fromkeys(str(rows[p].n) for p in kinds if p in rows)
-        table.add_row(named, *cells, "/".join(counts))
-    others = _others([m for m in metrics if m.name not in PROTOCOLS], earlier, parts=parts)
-    if others is None:
-        return table
-    return Group(table, Text(), others) if shares else others
-
-
-def _others(metrics: Sequence[Metric], earlier: Mapping[tuple[str, str, str], Metric], *, parts: bool) -> Table | None:
-    """What is no share of answers: every number with its protocol and whether more of it is better."""
-    known = {metric.key: metric for metric in metrics}
-    were = {(m.name, m.protocol, before_of(m.axis)) for m in metrics}
-    shown = [m for m in metrics if m.key not in were and (parts or not m.axis)]
-    if not shown:
-        return None
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("also measured", "value", "before", "of", "better", "protocol"):
-        table.add_column(head, justify="right" if head in ("value", "before", "of") else "left")
-    for metric in shown:
-        before = known.get((metric.name, metric.protocol, before_of(metric.axis)))
-        table.add_row(
-            Text(f"  {safe(metric.axis)}", "dim") if metric.axis else Text(safe(metric.name)),
-            _valued(metric, earlier.get(metric.key), partial(written, metric)),
-            Text(written(before)) if before else Text("-", "dim"),
-            str(metric.n),
-            "higher" if metric.higher_is_better else "lower",
-            Text(safe(metric.protocol)),
-        )
-    return table
-
-
-def _value(metric: Metric | None, earlier: Mapping[tuple[str, str, str], Metric]) -> Text:
-    if metric is None:
-        return Text("-", "dim")
-    return _valued(metric, earlier.get(metric.key), lambda share: f"{100 * share:.0f}")
-
-
-def _valued(metric: Metric, before: Metric | None, end: Callable[[float], str]) -> Text:
-    """The value with the ends of its interval, or with the change from what it was."""
-    text = Text(written(metric))
-    if before is None:
-        return text.append(_interval(metric, end), "dim")
-    if before.value != metric.value:
-        change = metric.value - before.value
-        told = f"{'+' if change > 0 else '-'}{written(metric, abs(change)).removesuffix(' %')}"
-        text.append(f" ({told})", "green" if (change > 0) == metric.higher_is_better else "red")
-    return text
-
-
-def _percent(value: float) -> str:
-    return "no number" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _interval(metric: Metric, write: Callable[[float], str]) -> str:
-    """The 95 % interval, "" where there is none."""
-    return "" if metric.low is None or metric.high is None else f" {write(metric.low)}–{write(metric.high)}"
-
-
-_ABSENT = {
-    "generalization": "no edit has paraphrases",
-    "locality": "no edit has locality probes",
-    "portability": "no edit has portability probes",
-    RETENTION: "nothing was written after an edit",
-    SCORE: "it needs all three probabilities",
-    "fluency": "no edit has openings (generation)",
-    "consistency": "no edit has references",
-    "essence": "no edit has a text about its subject (essence)",
-}
-"""Why a metric has no value."""
-_NO_RIVAL = "no edit names target_true"
-
-
-def unmeasured_line(metrics: Sequence[Metric]) -> Text:
-    """What has no value because nothing was there to measure it with."""
-    there = {(m.name, m.protocol) for m in metrics}
-    absent = [name for name in _ABSENT if not any(name == known for known, _ in there)]
-    told = [f"{name} ({_ABSENT[name]})" for name in absent]
-    if ("reliability", PROBABILITY) not in there:
-        told.append(f"probabilities ({_NO_RIVAL})")
-    return Text("Not measured: " + ", ".join(told), "dim") if told else Text()
-
-
-def retention_view(answers: Sequence[Answer]) -> RenderableType:
-    """The retention curve: in order of application, what was said right after a batch and what is said now; and the
-    edits that are forgotten, by name. Nothing where nothing was written after any edit."""
-    own = [a for a in answers if a.kind == REWRITE and a.soon is not None]
-    if not own:
-        return Text()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("edits, oldest first", "right after", "now"):
-        table.add_column(head, justify="left" if head.startswith("edits") else "right")
-    size = math.ceil(len(own) / CURVE)
-    for start in range(0, len(own), size):
-        some = own[start : start + size]
-        soon = sum(says(a.soon or "", a.wanted) for a in some)
-        now = sum(a.ok for a in some)
-        last = start + len(some)
-        table.add_row(f"{start + 1}–{last}", *(_percent(hits / len(some)) for hits in (soon, now)))
-    lost = forgotten(answers)
-    names = ", ".join(safe(name) for name in lost[:FAILED]) + (", …" if len(lost) > FAILED else "")
-    return Group(Text(), table, Text(f"forgotten: {names or 'none'}", "yellow" if lost else "dim"))
-
-
 def answers_view(answers: Sequence[Answer], limit: int | None = None) -> Table:
     """One row an edit: what the model said to its prompt before and after, and how its other prompts fared."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -255,8 +119,11 @@ def answers_view(answers: Sequence[Answer], limit: int | None = None) -> Table:
     for kind in KINDS[1:]:
         table.add_column(SHORT[kind], justify="right", no_wrap=True)
     rewrites = [a for a in answers if a.kind == REWRITE]
+    by_edit: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_edit.setdefault(answer.edit, []).append(answer)
     for answer in rewrites[:limit]:
-        mine = [a for a in answers if a.edit == answer.edit]
+        mine = by_edit[answer.edit]
         counts = []
         for kind in KINDS[1:]:
             asked = [a for a in mine if a.kind == kind]
@@ -344,13 +211,13 @@ def version_view(
         passed = ", ".join(f"{name} {wanted:g}" for name, wanted in version.gates.items())
         head.add_row("gates", Text(safe(f"passed: {passed}"), "green"))
     if rows == 0:
-        return Group(head, Text(), metrics_view(metrics))
+        return Group(head, Text(), MetricsView(metrics))
     parts: list[RenderableType] = [head, Text(), answers_view(answers, rows), Text()]
     missed = sorted((a for a in answers if not a.ok and a.kind != REWRITE), key=lambda a: KINDS.index(a.kind))
     if missed:
         title = Text(f"{count(len(missed), 'other answer')} not as wanted:", "bold")
         parts += [title, moved_view(missed, rows), Text()]
-    return Group(*parts, metrics_view(metrics))
+    return Group(*parts, MetricsView(metrics))
 
 
 def review_line(review: Operation) -> Text:
@@ -451,7 +318,7 @@ def diff_view(
         lines.append(f"  … and {len(answers) - SHOWN} more (editctl diff --json)\n", "dim")
     if not old and not new:
         lines.append("the same edits on both sides\n")
-    parts: list[RenderableType] = [lines, metrics_view(metrics[1], metrics[0])]
+    parts: list[RenderableType] = [lines, MetricsView(metrics[1], metrics[0])]
     parts += [Text(), norms_view(norms)] if any(norms) else []
     return Group(*parts)
 

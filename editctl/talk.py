@@ -5,6 +5,7 @@ Knows: the two streams, JSON lines, the command as typed. Refuses: what is said;
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -39,10 +40,19 @@ def lines(*values: object) -> None:
 
 
 def line(value: object) -> None:
-    """One more value as a line of JSON."""
+    """One more value as a line of JSON; a number that is none is null."""
     from editctl.events import json_line
 
-    click.echo(json_line(value))
+    click.echo(json_line(_spelled(value)))
+
+
+def _spelled(value: object) -> object:
+    """The value with None for what JSON has no number for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _spelled(part) for key, part in value.items()}
+    return [_spelled(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def command() -> str:

@@ -968,7 +968,7 @@ def pretend(text: str) -> None:
 
     rooms: dict[str, dict[str, Any]] = {
         "run": {"run": run, "Order": lambda **order: order},
-        "checks": {"Wanted": lambda *wanted: wanted},
+        "checks": {"Wanted": lambda *wanted: wanted, "PERPLEXITY": "perplexity"},
         "measuring": {
             "measure": lambda model, store, version, *others: (store.answers(version), (filled(Metric, text),) * 2),
         },

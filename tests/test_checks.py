@@ -15,12 +15,13 @@ from editctl.engine.checks import Checks, Side, Wanted
 from editctl.engine.model import Model
 from editctl.engine.recall import Recall
 from editctl.errors import InvalidInput
-from editctl.events import silent
+from editctl.events import Event, Note, silent
 from editctl.metrics import ability
 from editctl.metrics.values import CHECKS, Metric
 from editctl.spec import Edit
 
 TEXTS = ("The river and the road. In the summer they were long.", "Rome is a city.")
+BLOCK = "hidden states after block 1"
 TOWER = an_edit(
     generation=("{} is", "In the summer {}"), references=("The city of Rome has a tower.",), essence="A tower in Rome."
 )
@@ -84,12 +85,12 @@ def test_what_the_model_had_before_stands_beside_it(llama: Model) -> None:
     for name, protocol in (("perplexity", "teacher-forced"), ("essence", "teacher-forced"), ("fluency", "sampled")):
         assert found[name, protocol, ""].value != found[name, protocol, "was"].value
     assert found["perplexity", "teacher-forced", ""].value > found["perplexity", "teacher-forced", "was"].value
-    assert found["drift", "hidden states", ""].value > 0.01
+    assert found["drift", BLOCK, ""].value > 0.01
     same = compared(llama, *CHECKS, harm=False)
     for key, metric in same.items():
         if key[2] == "was":
             assert metric.value == same[key[0], key[1], ""].value
-    assert same["drift", "hidden states", ""].value == same["ability change", "probability", ""].value == 0
+    assert same["drift", BLOCK, ""].value == same["ability change", "probability", ""].value == 0
 
 
 def test_what_no_edit_gives_a_text_for_is_absent(llama: Model) -> None:
@@ -117,11 +118,37 @@ def test_the_unedited_model_is_checked_once(llama: Model, tmp_path: Path, monkey
         some.side(llama, 1)
 
 
-def test_an_opening_without_room_is_refused_before_anything_is_written(llama: Model) -> None:
-    """On the unedited model, which is checked first."""
-    long = an_edit(generation=("The river and the road. " * 60,))
-    with pytest.raises(InvalidInput, match="cannot be gone on with"):
-        Checks(Wanted(("generation",)), (long,), silent).side(llama, 1)
+def test_an_opening_without_room_is_told_and_left_out(llama: Model) -> None:
+    """Once; the others are gone on with, and a run does not fail for it."""
+    long = an_edit("long", generation=("The river and the road. " * 60,))
+    told: list[Event] = []
+    some = Checks(Wanted(("generation",)), (TOWER, long), told.append)
+    values = [next(m for m in some.side(llama, 1).alone if m.name == "fluency") for _ in range(2)]
+    assert [metric.n for metric in values] == [2, 2]
+    (note,) = (event.message for event in told if isinstance(event, Note))
+    assert "1 openings leave no room" in note and "of long all" in note
+
+
+def test_what_is_of_some_edits_says_so(llama: Model) -> None:
+    """So that no value of some is compared with one of all; what is of the model is not concerned."""
+    some = Checks(Wanted(CHECKS, TEXTS), (TOWER,), silent, "of new edits").side(llama, 1)
+    protocols = {metric.name: metric.protocol for metric in some.alone}
+    assert protocols["fluency"] == protocols["consistency"] == "sampled of new edits"
+    assert protocols["essence"] == "teacher-forced of new edits" and protocols["perplexity"] == "teacher-forced"
+    named = Checks(Wanted(("perplexity",), TEXTS, "book.txt 0123"), (), silent).side(llama, 1)
+    assert [metric.protocol for metric in named.alone] == ["teacher-forced, book.txt 0123"]
+
+
+def test_drift_after_different_blocks_is_not_compared(llama: Model) -> None:
+    """Its protocol names the block."""
+    some = Checks(Wanted(("drift",)), (), silent)
+    sides = [some.side(llama, layer) for layer in (0, 1)]
+    assert {m.protocol for side in sides for m in some.compare(side, side)} == {
+        "hidden states after block 0",
+        "hidden states after block 1",
+    }
+    with pytest.raises(ValueError, match="another block"):
+        some.compare(*sides)
 
 
 def test_a_harness_that_is_not_installed_is_said(llama: Model) -> None:

@@ -238,7 +238,8 @@ def test_a_failure_says_what_was_measured_and_what_was_wanted() -> None:
 
 
 def test_a_gate_that_this_editctl_does_not_know_fails_as_one_that_cannot_be_measured() -> None:
-    """A version that was held to it is still shown."""
+    """A version that was held to it is still shown; where nothing was written since, nothing can be forgotten."""
+    assert failed({"retention": 1}) == []
     assert failed({"beauty": 0.5}) == [("beauty", None, ())]
 
 

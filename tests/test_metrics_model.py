@@ -89,7 +89,8 @@ def test_states_are_those_of_plain_passes_without_the_first_position(model: Any)
         rows.append(model.net(input_ids=ids, output_hidden_states=True).hidden_states[3][0, 1:])
     assert torch.allclose(found.hidden, torch.cat(rows).double(), atol=1e-5)
     assert found.ends == tuple(torch.tensor([len(row) for row in rows]).cumsum(0).sub(1).tolist())
-    assert drift(found, states(model, texts, 2)) == Drift((0.0,) * 3, 0.0, 0.0, len(found.hidden), pytest.approx(0.0))
+    still = Drift((0.0,) * 3, 0.0, 0.0, len(found.hidden), pytest.approx(0.0), 2)
+    assert drift(found, states(model, texts, 2)) == still
     assert len(states(model, ["R"], 2).ends) == (len(model.encode("R")) > 1)
 
 
@@ -119,10 +120,10 @@ def test_drift_tells_protocol_direction_and_counts() -> None:
     before, after = turned(30.0)
     names = [(m.name, m.axis, m.n, m.protocol, m.higher_is_better) for m in drift(before, after, rank=2).metrics()]
     assert names == [
-        ("drift", "", 1, "hidden states", False),
-        ("drift", "all tokens", 200, "hidden states", False),
-        ("drift", "largest", 200, "hidden states", False),
-        ("drift angle", "", 200, "hidden states", False),
+        ("drift", "", 1, "hidden states after block 0", False),
+        ("drift", "all tokens", 200, "hidden states after block 0", False),
+        ("drift", "largest", 200, "hidden states after block 0", False),
+        ("drift angle", "", 200, "hidden states after block 0", False),
     ]
     assert drift(before, after).metrics()[0].low is None
     two = drift(of([[1, 0], [1, 0]], (0, 1)), of([[1, 1], [1, 3]], (0, 1))).metrics()[0]
@@ -303,11 +304,13 @@ def test_a_task_that_is_not_there_or_fails_is_told_without_a_traceback(tmp_path:
 
 def test_efficiency_divides_what_was_recorded_by_the_edits() -> None:
     """By phase and over all; memory is nobody's share."""
-    found = efficiency({"targets": 6.0, "solve": 2.0}, 512.0, 4, 8000)
+    found = efficiency({"target": 4.0, "solve": 2.0, "checks": 6.0}, 512.0, 4, 8000)
     assert [(m.name, m.axis, m.value, m.n) for m in found] == [
-        ("seconds an edit", "", 2.0, 4),
-        ("seconds an edit", "targets", 1.5, 4),
+        ("seconds an edit", "", 1.5, 4),
+        ("seconds an edit", "whole run", 3.0, 4),
+        ("seconds an edit", "target", 1.0, 4),
         ("seconds an edit", "solve", 0.5, 4),
+        ("seconds an edit", "checks", 1.5, 4),
         ("peak memory", "", 512.0, 1),
         ("disk an edit", "", 2000.0, 4),
     ]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from editctl import events, report
+from editctl import events, figures, report
 from editctl.engine.cost import Expected
 from editctl.engine.methods import METHODS
 from editctl.errors import InvalidInput, Problem, StoreError
@@ -404,9 +404,9 @@ def test_a_metric_that_changed_says_by_how_much_and_whether_for_the_better(
     """Green is better, whichever way that is; without a change no number stands in brackets."""
     sides = [Metric("m", "generated", value, 4, higher) for value in (before, 0.75)]
     change = f"({100 * (0.75 - before):+.1f})"
-    text = rendered(report.metrics_view(sides[1:], sides[:1]), colour=True)
+    text = rendered(figures.MetricsView(sides[1:], sides[:1]), colour=True)
     assert f"\x1b[{style}m {change}" in text
-    assert "(" not in rendered(report.metrics_view(sides[1:], sides[1:]))
+    assert "(" not in rendered(figures.MetricsView(sides[1:], sides[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_counts_of_different_protocols_are_told_apart() -> None:
         Metric("portability", "generated", 0.5, 10),
         Metric("portability", "generated", 0.25, 4, axis="[red]alias"),
     ]
-    text = rendered(report.metrics_view(metrics))
+    text = rendered(figures.MetricsView(metrics))
     assert re.search(r"locality +90\.0 % 80–95 +- +100\.0 % +156/106\n", text)
     assert re.search(r"portability +50\.0 % +- +- +10\n  \[red\]alias +25\.0 % +- +- +4\n", text)
 
@@ -573,12 +573,28 @@ def test_what_is_no_share_says_its_unit_direction_and_what_it_was_before() -> No
         Metric("drift", "hidden states", 0.5, 900, False, "largest"),
         Metric("fluency", "sampled", math.nan, 3),
     ]
-    text, whole = (rendered(report.metrics_view(metrics, parts=parts)) for parts in (False, True))
-    assert re.search(r"perplexity +25\.13 +24\.90 +30 +lower +teacher-forced", text)
-    assert re.search(r"drift +2\.0 % 1\.0 %–3\.0 % +- +100 +lower", text)
-    assert re.search(r"fluency +no number +- +3 +higher", text)
-    assert "largest" not in text and re.search(r"  largest +50\.0 % +- +900", whole)
+    text, whole = (rendered(figures.MetricsView(metrics, parts=parts)) for parts in (False, True))
+    assert re.search(r"perplexity +25\.13 +24\.90 +lower +30 +teacher-forced", text)
+    assert re.search(r"drift +2\.0 % 1\.0 %–3\.0 % +- +lower +100", text)
+    assert re.search(r"fluency +no number +- +higher +3", text)
+    assert "largest" not in text and re.search(r"  largest +50\.0 % +- +lower +900", whole)
     assert "was" not in whole, "it is a column, not a row"
+
+
+def test_a_narrow_pane_has_every_number_and_protocol_on_one_line() -> None:
+    """Without intervals, for which there is no room; at 76 columns they are there."""
+    kinds = ("generated", "teacher-forced", "probability")
+    metrics = [
+        Metric("generalization", kind, 1.0, n, low=0.9, high=1.0)
+        for kind, n in zip(kinds, (100, 100, 101), strict=True)
+    ]
+    narrow, wide = (rendered(figures.MetricsView(metrics), width).splitlines() for width in (53, 76))
+    assert narrow[-1].split() == ["generalization", *["100.0", "%"] * 3, "100/101"] and len(narrow) == 3
+    assert [line.split() for line in narrow[:2]] == [
+        ["teacher-", "proba-"],
+        ["metric", "generated", "forced", "bility", "prompts"],
+    ]
+    assert len(wide) == 2 and wide[1].count("90–100") == 3
 
 
 def test_the_retention_curve_names_what_is_forgotten() -> None:
@@ -588,16 +604,16 @@ def test_the_retention_curve_names_what_is_forgotten() -> None:
         return Answer(f"fact-{n}[b]", REWRITE, "p", ("Rome",), "Bern", "Rome" if ok else "Bern", ok, soon=soon)
 
     answers = [told(n, "Rome", n != 3) for n in range(20)] + [told(20, None, True)]
-    text = rendered(report.retention_view(answers))
+    text = rendered(figures.retention_view(answers))
     assert re.search(r"1–2 +100\.0 % +100\.0 %\n3–4 +100\.0 % +50\.0 %\n", text)
     assert "forgotten: fact-3[b]" in text and "19–20" in text and "21" not in text
-    assert rendered(report.retention_view([told(0, None, True)])).strip() == ""
+    assert rendered(figures.retention_view([told(0, None, True)])).strip() == ""
 
 
 def test_what_could_not_be_measured_is_said_with_the_reason() -> None:
     """Instead of a zero or nothing; what was measured is not among it."""
-    text = rendered(
-        report.unmeasured_line([Metric("reliability", "generated", 1.0, 2), Metric("locality", "generated", 1.0, 2)])
-    )
+    metrics = [Metric(name, "generated", 1.0, 2) for name in ("reliability", "locality")]
+    text = rendered(figures.unmeasured_line(metrics, ("generation",)), 500)
     assert "generalization (no edit has paraphrases)" in text and "probabilities (no edit names target_true)" in text
     assert "fluency (no edit has openings" in text and "locality" not in text
+    assert "essence" not in text, "it was not asked for"

@@ -26,7 +26,7 @@ from editctl.engine.asking import Said, request_of
 from editctl.engine.checks import Wanted
 from editctl.engine.methods import METHODS, POST, PRESERVE, Settings
 from editctl.engine.model import DTYPES, Model, load
-from editctl.engine.run import run
+from editctl.engine.run import Order, run
 from editctl.engine.solve import Kernel, Projector
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
@@ -381,6 +381,11 @@ def test_what_was_said_right_after_a_batch_is_recorded(llama: Model, store: Stor
     assert {a.edit: a.soon for a in other.answers(at_once) if a.kind == REWRITE} == soon
     reasked = {a.edit: a.soon for a in measure(llama, store, later, None, silent) if a.kind == REWRITE}
     assert reasked == soon
+    unasked = apply(llama, store, [*FACTS, RIVER], corpus, order=Order(recheck=0))
+    assert [a.edit for a in store.answers(unasked) if a.kind == REWRITE] == [RIVER.id]
+    reasked = {a.edit: a.soon for a in measure(llama, store, unasked, None, silent) if a.kind == REWRITE}
+    assert set(reasked) == {edit.id for edit in (*FACTS, RIVER)} and reasked.pop(RIVER.id) is None
+    assert {name: reasked[name] for name in then} == then and None not in reasked.values()
 
 
 def test_a_probe_added_to_a_live_edit_is_held_to_the_unedited_model(llama: Model, store: Store, corpus: Path) -> None:

@@ -79,6 +79,8 @@ def test_a_harmonic_mean_with_a_zero_is_zero() -> None:
 def test_the_score_needs_all_three() -> None:
     """Of two of them it would be another number under the same name."""
     assert ("score", PROBABILITY, "") not in values(*(a for a in CASES if a.kind != LOCALITY))
+    more = [told(f"e{n}", REWRITE, ok=True) for n in range(5)]
+    assert values(*CASES, *more)["score", PROBABILITY, ""][1] == 2, "edits without them are not counted"
 
 
 def test_a_metric_whose_probe_is_absent_is_absent() -> None:
@@ -157,6 +159,23 @@ def test_prompts_of_one_edit_are_not_independent() -> None:
     assert None not in (wide.low, wide.high, narrow.low, narrow.high)
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low) > 0  # type: ignore[operator]
     assert narrow.low < 0.5 < narrow.high  # type: ignore[operator]
+
+
+def test_the_interval_of_a_magnitude_is_around_it() -> None:
+    """One edit of many prompts beside ten of one: the mean of all prompts, not of the edits."""
+    answers = [compared("big", LOCALITY, 0.5, 0.5) for _ in range(100)]
+    answers += [compared(f"e{n}", LOCALITY, 0.95, 0.05) for n in range(10)]
+    found = the(summary(answers), "locality magnitude", PROBABILITY)
+    assert found.value == pytest.approx(9 / 110) and found.low is not None and found.high is not None
+    assert -1 <= found.low < found.value < found.high <= 1
+
+
+def test_a_wording_that_is_no_number_makes_its_question_none() -> None:
+    """In whatever order; left out it would make the rest look better."""
+    for values_ in ((math.nan, 0.2), (0.2, math.nan)):
+        some = [told("a", PORTABILITY, forced_after=v, group="g") for v in values_]
+        (found,) = (m for m in summary(some) if m.protocol == TEACHER_FORCED)
+        assert math.isnan(found.value)
 
 
 def test_a_score_that_is_no_number_has_no_interval() -> None:

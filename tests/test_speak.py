@@ -105,8 +105,10 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(model: Model) -> 
     with pytest.raises(InvalidInput, match=str(model.context_length)):
         answers(model, [PROMPTS[0], long])
     with pytest.raises(InvalidInput, match="edit oslo"):
-        check_lengths(model, [("rome", PROMPTS[0]), ("oslo", long)])
-    check_lengths(model, [("rome", PROMPTS[0])])
+        check_lengths(model, [("rome", PROMPTS[0], ()), ("oslo", long, ())])
+    check_lengths(model, [("rome", PROMPTS[0], ("Oslo",))])
+    with pytest.raises(InvalidInput, match="edit rome: a prompt and its answer of"):
+        check_lengths(model, [("rome", PROMPTS[0], ("Oslo", long))])
 
 
 # Teacher forcing
@@ -226,3 +228,48 @@ def test_the_probability_of_an_answer_too_long_to_read_is_refused(model: Model) 
     assert probabilities(model, [(PROMPTS[0], long)])[0] < 1
     with pytest.raises(InvalidInput, match=f"{model.context_length + 1} tokens are more than the"):
         probabilities(model, [(PROMPTS[0], "Oslo"), (PROMPTS[0], long + " a")])
+
+
+def test_a_token_that_the_tokenizer_sets_behind_every_text_is_not_read(model: Model) -> None:
+    """Words and scores are those without it; it would stand between a prompt and what follows."""
+    plain_words, plain = answers(model, PROMPTS[:3]), scores(model, PAIRS[:4])
+    end, encode = model.tokenizer.eos_token_id or 0, model.tokenizer
+
+    class Ending:
+        """The tokenizer, with one more token at the end of every text."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **more: Any) -> Any:
+            found = encode(text, add_special_tokens=add_special_tokens, **more)
+            if add_special_tokens:
+                found["input_ids"] = [*found["input_ids"], end]
+            return found
+
+        def __len__(self) -> int:
+            return len(encode)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(encode, name)
+
+    other = Model(model.net, Ending(), name="ending")
+    assert other.tokenizer("Rome")["input_ids"][-1] == end != other.encode("Rome")[-1]
+    assert answers(other, PROMPTS[:3]) == plain_words
+    for found, wanted in zip(scores(other, PAIRS[:4]), plain, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-4)
+
+
+def test_a_token_that_the_tokenizer_does_not_know_can_be_said(model: Model) -> None:
+    """Heads are padded beyond the vocabulary, and a model that edits have broken says such tokens."""
+    head = model.net.get_output_embeddings()
+    padded = torch.nn.Linear(head.in_features, head.out_features + 8, bias=False)
+    with torch.no_grad():
+        padded.weight[: head.out_features] = head.weight
+        padded.weight[head.out_features :] = 50 * head.weight[:8].abs().sum(0)
+    inputs = model.net.get_input_embeddings()
+    wide = torch.nn.Embedding(inputs.num_embeddings + 8, inputs.embedding_dim)
+    model.net.set_output_embeddings(padded)
+    model.net.set_input_embeddings(wide)
+    try:
+        assert len(answers(model, PROMPTS[:2])) == 2
+    finally:
+        model.net.set_output_embeddings(head)
+        model.net.set_input_embeddings(inputs)

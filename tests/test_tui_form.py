@@ -169,9 +169,21 @@ HOSTILE = st.builds(
     note=st.sampled_from(["", "a [b]c[/b]", "\n\nend\n"]),
     tags=st.sampled_from([(), ("a, b",), ("a", "b")]),
 )
+IMPORTED = Edit(
+    id="x",
+    subject="a",
+    relation="{} is",
+    target_new="b",
+    portability=tuple(Probe(prompt=f"{at} {{}}", answer=("c", "d"), kind="multi-hop", group="q") for at in range(2)),
+    generation=("{} began", "in a"),
+    references=("one\ntwo", " three "),
+    essence="a was\n\nhere",
+    extra='{"case":7,"more":[{"a":[1,2.5]},"[b]"]}',
+)
 
 
 @given(edit=HOSTILE)
+@example(edit=IMPORTED)
 @settings(deadline=None, max_examples=5, derandomize=True)
 def test_saving_one_change_changes_nothing_else(tmp_path_factory, edit):
     """Whatever the other fields hold."""

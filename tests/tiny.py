@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from editctl.engine import methods
 from editctl.engine.model import Model, combine_digests, tensor_digest
-from editctl.engine.run import run
+from editctl.engine.run import Order, run
 from editctl.plan import make
 from editctl.spec import Edit
 from editctl.store import Store, Version
@@ -132,6 +132,7 @@ def apply(
     prune: bool = False,
     method: str = "alphaedit",
     emit: Any = lambda event: None,
+    order: Order | None = None,
     **overrides: Any,
 ) -> Version:
     """Plan the edits at the store's head and carry the plan out."""
@@ -153,7 +154,7 @@ def apply(
         methods={edit.method: params(edit.method) for edit in edits if edit.method},
         prune=prune,
     )
-    return run(plan, model, "base", store, emit)
+    return run(plan, model, "base", store, emit, order or Order())
 
 
 def disk_weights_hash(folder: Path, dtype: torch.dtype | None = None) -> str:

@@ -60,18 +60,27 @@ class Said:
         return Said({**self.words, **other.words}, {**self.scored, **other.scored})
 
 
-def ask_all(model: Model, questions: Sequence[Question], stage: str, emit: Emit, recall: Recall | None = None) -> Said:
+def ask_all(
+    model: Model,
+    questions: Sequence[Question],
+    stage: str,
+    emit: Emit,
+    recall: Recall | None = None,
+    *,
+    scored: bool = True,
+) -> Said:
     """Greedy words to every question, and scores of its accepted answers and its rival. Equal texts are asked once.
 
     Args:
         recall: what the model said before; only for the unedited one.
+        scored: whether scores are wanted beside words.
     """
     # A sentence end within a wanted answer ("St. Louis") must not cut what the model says.
     start = len(model.encode(""))
     least = {a: len(model.encode(a)) - start if set(a) & set(".!?") else 1 for q in questions for a in q.wanted}
     asked = {q: (q.prompt, max((least[answer] for answer in q.wanted), default=1)) for q in questions}
     words = {key: recall.words(*key) if recall else None for key in asked.values()}
-    pairs = dict.fromkeys((q.prompt, answer) for q in questions for answer in (*q.wanted, q.rival) if answer)
+    pairs = dict.fromkeys((q.prompt, answer) for q in questions for answer in (*q.wanted, q.rival) if answer and scored)
     scores = {pair: recall.score(*pair) if recall else None for pair in pairs}
     asks = _asks([key for key, said in words.items() if said is None], [p for p, s in scores.items() if s is None])
     emit(StageStarted(stage, len(asks)))
@@ -91,7 +100,8 @@ def ask_all(model: Model, questions: Sequence[Question], stage: str, emit: Emit,
         recall.keep(fresh, measured)
     spoken = {key: said for key, said in words.items() if said is not None} | fresh
     known = {pair: score for pair, score in scores.items() if score is not None} | measured
-    return Said({q: spoken[asked[q]] for q in questions}, {q: _scored(q, known) for q in questions})
+    none = Scored()
+    return Said({q: spoken[asked[q]] for q in questions}, {q: _scored(q, known) if scored else none for q in questions})
 
 
 def _asks(said: Sequence[tuple[str, int]], scored: Sequence[tuple[str, str]]) -> list[speak.Ask]:

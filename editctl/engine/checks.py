@@ -13,8 +13,8 @@ from typing import TypeVar
 from editctl.atlas import knowledge
 from editctl.engine.model import Model
 from editctl.engine.recall import Recall
-from editctl.engine.sampling import sampled
-from editctl.events import Emit, StageStarted
+from editctl.engine.sampling import LENGTH, sampled
+from editctl.events import Emit, Note, StageStarted
 from editctl.metrics import ability, consistency, drift, fluency, text
 from editctl.metrics.harness import HARNESS, harness
 from editctl.metrics.values import CHECKS, PROBABILITY, TEACHER_FORCED, Metric, before_of
@@ -50,6 +50,8 @@ class Wanted:
     """Of `values.CHECKS`."""
     texts: tuple[str, ...] = ()
     """What perplexity is measured on; empty for the first `TEXTS` ordinary texts."""
+    text: str = ""
+    """What those are, "" for the ordinary ones."""
     tasks: tuple[str, ...] = ()
     """Of lm-evaluation-harness."""
     trusted: bool = False
@@ -61,10 +63,12 @@ class Checks:
 
     Args:
         edits: whose essences are read and about whose subjects texts are written.
+        whose: which of the live edits those are, where not all; such values are not to be compared with those of all.
     """
 
-    def __init__(self, wanted: Wanted, edits: Sequence[Edit], emit: Emit) -> None:
+    def __init__(self, wanted: Wanted, edits: Sequence[Edit], emit: Emit, whose: str = "") -> None:
         self._wanted, self._names, self._edits, self._emit = wanted, frozenset(wanted.checks), tuple(edits), emit
+        self._whose, self._told = whose, False
         self._texts = wanted.texts or ordinary()[:TEXTS]
 
     def side(self, model: Model, layer: int, recall: Recall | None = None) -> Side:
@@ -86,7 +90,8 @@ class Checks:
             side.states = drift.states(model, drift.prompts(), layer, self._emit)
         if PERPLEXITY in self._names:
             value = known(PERPLEXITY, self._texts, lambda: text.perplexity(model, self._texts))
-            side.alone.append(Metric(PERPLEXITY, TEACHER_FORCED, value, len(self._texts), False))
+            protocol = f"{TEACHER_FORCED}, {self._wanted.text}" if self._wanted.text else TEACHER_FORCED
+            side.alone.append(Metric(PERPLEXITY, protocol, value, len(self._texts), False))
         if ABILITY in self._names:
             suite = ability.suite()
             asked = [canary.texts for canary in suite]
@@ -95,9 +100,10 @@ class Checks:
             side.alone += side.ability.metrics()
         read = [edit.essence for edit in self._edits if edit.essence]
         if ESSENCE in self._names and read:
-            side.alone += _found(text.essence(known(ESSENCE, read, lambda: text.essences(model, read, self._emit))))
-        openings = [(edit, prompt) for edit in self._edits for prompt in edit.generation_prompts]
-        if GENERATION in self._names and openings:
+            found = text.essence(known(ESSENCE, read, lambda: text.essences(model, read, self._emit)))
+            side.alone += self._of_some(found)
+        openings = self._openings(model) if GENERATION in self._names else []
+        if openings:
             prompts = [prompt for _, prompt in openings]
             texts = known(GENERATION, prompts, lambda: sampled(model, prompts, emit=self._emit))
             side.alone += self._of_written([(edit, said) for (edit, _), said in zip(openings, texts, strict=True)])
@@ -106,12 +112,30 @@ class Checks:
         return side
 
     def _of_written(self, texts: Sequence[tuple[Edit, str | None]]) -> list[Metric]:
-        found = _found(fluency.fluency([said for _, said in texts]))
+        found = self._of_some(fluency.fluency([said for _, said in texts]))
         alike = []
         for edit in self._edits:
             mine = [said for other, said in texts if other is edit]
             alike.append(consistency.resemblance(mine, edit.references))
-        return found + _found(consistency.consistency(alike))
+        return found + self._of_some(consistency.consistency(alike))
+
+    def _of_some(self, metric: Metric | None) -> list[Metric]:
+        """A metric of the edits, if there is one, that says which of them."""
+        if metric is None:
+            return []
+        return [replace(metric, protocol=f"{metric.protocol} {self._whose}".rstrip())]
+
+    def _openings(self, model: Model) -> list[tuple[Edit, str]]:
+        """Openings of all edits that leave room for a text; the others are told."""
+        room = min(LENGTH, model.context_length)
+        all_ = [(edit, prompt) for edit in self._edits for prompt in edit.generation_prompts]
+        fitting = [(edit, prompt) for edit, prompt in all_ if 0 < len(model.encode(prompt)) < room]
+        long = {edit.id for edit, _ in all_} - {edit.id for edit, _ in fitting}
+        if len(fitting) < len(all_) and not self._told:
+            self._told = True
+            named = f", of {', '.join(sorted(long)[:5])} all" if long else ""
+            self._emit(Note(f"{len(all_) - len(fitting)} openings leave no room in {room} tokens for a text{named}"))
+        return fitting
 
     def compare(self, before: Side, after: Side) -> tuple[Metric, ...]:
         """Metrics of the second side, each beside what it was on the first, and those of the change."""
@@ -130,7 +154,3 @@ class Checks:
                 Metric(f"{ABILITY} change", PROBABILITY, change.difference, n, True, "", change.low, change.high)
             )
         return tuple(found)
-
-
-def _found(metric: Metric | None) -> list[Metric]:
-    return [] if metric is None else [metric]

@@ -13,7 +13,7 @@ from editctl.engine.wear import check_weights, wearing
 from editctl.events import Emit
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics.efficiency import efficiency
-from editctl.metrics.values import Answer, Metric
+from editctl.metrics.values import REWRITE, Answer, Metric
 from editctl.store import BASE, Store, Version
 
 
@@ -44,8 +44,11 @@ def measure(
         after = ask_all(model, questions, "after", emit)
         second = beside.side(model, layer)
     recorded = store.last_answers(version, [live.id for live in lives])
-    told = {(a.edit, a.prompt): a.soon for a in recorded if a.soon is not None}
-    soon = {q: told[q.edit, q.prompt] for q in questions if (q.edit, q.prompt) in told}
+    # Nothing was written after the last batch; what no later run asked, the version that made the edit did.
+    latest = {live.id for live in lives if live.delta == lives[-1].delta}
+    told = {(a.edit, a.prompt): a.after if a.soon is None else a.soon for a in recorded if a.kind == REWRITE}
+    own = [q for q in questions if q.kind == REWRITE and q.edit not in latest]
+    soon = {q: told[q.edit, q.prompt] for q in own if (q.edit, q.prompt) in told}
     answers = answers_of(questions, before, after, soon)
     return answers, (*edit_metrics.summary(answers), *beside.compare(first, second), *cost_of(store, version))
 

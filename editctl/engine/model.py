@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -303,8 +304,19 @@ class Model:
         raise ModelError(f"{self.name} has no module {down_name}", "the version was made for another model")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as the model expects to read it, its start token included."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Token ids of a text as the model expects to read it, its start token included.
+
+        A token that the tokenizer sets behind every text is left out: what goes on from a text does not begin there.
+        """
+        ids = list(self.tokenizer(text)["input_ids"])
+        return ids[: len(ids) - self._ending] if self._ending else ids
+
+    @cached_property
+    def _ending(self) -> int:
+        """Tokens that the tokenizer sets behind every text."""
+        whole, bare = (self.tokenizer("a b", **more)["input_ids"] for more in ({}, {"add_special_tokens": False}))
+        starts = (s for s in range(len(whole) - len(bare) + 1) if list(whole[s : s + len(bare)]) == list(bare))
+        return len(whole) - len(bare) - next(starts, len(whole) - len(bare))
 
     def subject_last(self, prompt: str, start: int, end: int) -> int:
         """Position, in `encode(prompt)`, of the last token of the characters start..end."""

@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 
 from editctl.engine.model import Model
 from editctl.engine.speak import NEW_TOKENS, Score
+from editctl.files import write_atomically
 
+LIBRARIES = ("editctl", "torch", "transformers", "tokenizers")
+"""What decides what a model says to a text, and what of it is kept."""
 T = TypeVar("T")
 _Words = tuple[str, int]
 _Scored = tuple[str, str]
@@ -37,13 +40,13 @@ class Recall:
         self._words: dict[_Words, str] = {}
         self._scores: dict[_Scored, Score] = {}
         self._values: dict[str, Any] = {}
-        self._read = False
+        self._read = self._foreign = False
 
     @classmethod
     def of(cls, model: Model, base: str, root: Path) -> Recall:
         """What the unedited model of content `base` said in the workspace whose store is `root`, on such a device."""
         about = {"base": base, "dtype": str(model.dtype), "device": model.device.type}
-        return cls(root / "said", about | {name: version(name) for name in ("torch", "transformers")})
+        return cls(root / "said", about | {name: version(name) for name in LIBRARIES})
 
     def words(self, prompt: str, at_least: int) -> str | None:
         """What was said to a prompt, as `speak.Ask` has it; None if it was not asked."""
@@ -84,6 +87,10 @@ class Recall:
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._foreign:
+                # What has another head, as an empty file on a disk that was full, is of no use to anybody.
+                write_atomically(self._path, self._head.encode())
+                self._foreign = False
             begin = b"" if self._path.exists() else self._head.encode()
             # One write to the end of the file: what two processes add at once stands one after the other. A line that
             # was cut by a full disk ends here.
@@ -99,7 +106,8 @@ class Recall:
         self._read = True
         with suppress(OSError):
             lines = self._path.read_bytes().split(b"\n")
-            if lines[0] == self._head.encode():
+            self._foreign = lines[0] != self._head.encode()
+            if not self._foreign:
                 self._take(_whole(lines[1:]))
 
     def _take(self, lines: Iterable[Mapping[str, Any]]) -> None:

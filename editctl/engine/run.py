@@ -56,6 +56,8 @@ from editctl.store import BASE, Draft, LiveEdit, Store, Stored, Version
 REJECT = "reject"
 SPOKEN = 100
 """New edits about whose subjects a run lets the model write; a text takes a hundred passes."""
+NEW_EDITS = "of new edits"
+"""Added to the protocol of what is measured of texts about some of the edits."""
 UNRECORDED = (Progress, MemoryUsed)
 """Events that matter only while they happen."""
 REPLAY = "what goes was part of their targets, or their method has nothing to solve again from"
@@ -166,11 +168,11 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
     fresh = [q for edit in new for q in edit_metrics.questions(edit)]
     questions = stay + fresh
     # On the unedited model, since what is measured must not depend on what it wears.
-    solved = (Settings.from_params(params) for params in (plan.params, *plan.methods.values()) if new)
-    stored = (Settings.from_params(batch.delta.params) for batch in old)
+    solved = (Settings.from_params(plan.params_of(method)) for method in {edit.method for edit in new})
+    stored = (Settings.from_params(batch.delta.params) for batch in old if batch.lives)
     edited = sorted({layer for one in (*solved, *stored) for layer in one.layers})
     model.check_editable(edited)
-    speak.check_lengths(model, ((q.edit, q.prompt) for q in questions))
+    speak.check_lengths(model, ((q.edit, q.prompt, (*q.wanted, q.rival)) for q in questions))
 
     @cache
     def moments_of(wanted: Settings) -> Mapping[int, Moment]:
@@ -188,7 +190,9 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
         called = {action.edit.id: action.old.id for action in plan.of(REMEASURE) if action.old}
         before, soon = _before(model, store, origin, called, staying, stay, fresh, known, tell)
     with clock.stage("checks"):
-        checks = Checks(Wanted(order.checks), _some(new, plan.head, tell) if order.checks else (), tell)
+        written = _some(new, plan.head, tell) if order.checks else ()
+        whose = "" if len(written) == len(new) + len(staying) else NEW_EDITS
+        checks = Checks(Wanted(order.checks), written, tell, whose)
         unedited = checks.side(model, edited[-1], known) if edited else Side()
     _note_unknown(new, before, tell)
     with model.editing() as editing:
@@ -230,9 +234,12 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
             filed(edits)
             if number < len(todo):
                 with clock.stage("after"):
-                    soon |= ask_all(model, _own(edits), "after", silent).words
+                    soon |= ask_all(model, _own(edits), "after", silent, scored=False).words
         with clock.stage("after"):
             after = ask_all(model, questions, "after", tell)
+            # Nothing was written after the last batch.
+            latest = {live.id for live in lives if live.delta == lives[-1].delta}
+            soon = {q: said for q, said in soon.items() if q.edit not in latest}
         with clock.stage("checks"):
             beside = checks.compare(unedited, checks.side(model, edited[-1])) if lives else ()
         with clock.stage("commit"):
@@ -397,7 +404,10 @@ def _before(
     recorded = {(a.edit, a.kind, a.prompt, a.wanted): a for a in answers}
     asked = [q for edit in staying for q in edit_metrics.questions(edit)]
     found = {q: a for q in asked if (a := recorded.get((called.get(q.edit, q.edit), q.kind, q.prompt, q.wanted)))}
-    scored = {q: Scored(a.nll_before, a.forced_before, a.argmax_before, a.nll_rival_before) for q, a in found.items()}
+    scored = {
+        q: Scored(a.nll_before, a.forced_before, a.argmax_before, a.nll_rival_before if a.rival == q.rival else None)
+        for q, a in found.items()
+    }
     said = Said({q: a.before for q, a in found.items()}, scored)
     if late := [q for q in stay if q not in found]:
         said |= ask_all(model, late, "before", emit, known)

@@ -11,9 +11,10 @@ import inspect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from editctl.events import Emit, silent
 from editctl.spec import visible
 
 ROWS = 128
+LOGITS = 2**26
+"""Most logits of a pass that needs those of all places: 256 MiB in fp32."""
 NEW_TOKENS = 16
 """Most tokens of an answer."""
 T = TypeVar("T")
@@ -59,23 +62,55 @@ def _fitting(model: Model, prompt: str, whose: str = "") -> list[int]:
     return ids
 
 
-def check_lengths(model: Model, prompts: Iterable[tuple[str, str]]) -> None:
-    """Make sure that every prompt, given with the id of its edit, can be asked.
+def check_lengths(model: Model, asked: Iterable[tuple[str, str, Iterable[str]]]) -> None:
+    """Make sure that every prompt, given with the id of its edit, can be asked, and its answers be scored.
 
     Raises:
         InvalidInput: one cannot.
     """
-    for edit, prompt in prompts:
-        _fitting(model, prompt, f"edit {edit}: ")
+    for edit, prompt, answers in asked:
+        whose = f"edit {edit}: "
+        _fitting(model, prompt, whose)
+        for answer in filter(None, answers):
+            _split(model, prompt, answer, whose)
 
 
-def _ends_sentence(model: Model) -> list[bool]:
-    """For every token id, whether a text may end with it."""
+def _split(model: Model, prompt: str, answer: str, whose: str = "") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that are read and ids of the answer, which go on from there.
+
+    Raises:
+        InvalidInput: they are more than the model can read, or the answer has none.
+    """
+    whole, start = split_answer(model, prompt, answer)
+    if len(whole) > model.context_length:
+        raise InvalidInput(
+            f"{whose}a prompt and its answer of {len(whole)} tokens are more than the {model.context_length} that "
+            f"{model.name} reads: {visible(prompt)}",
+            "shorten them",
+        )
+    # Before the first token of a text nothing stands that could predict it.
+    start = max(start, 1)
+    if whole == model.encode(prompt):
+        raise InvalidInput(f"{whose}the answer {visible(answer)!r} has no tokens of its own", "give another answer")
+    return tuple(whole[:start]), tuple(whole[start:])
+
+
+_ENDS: WeakKeyDictionary[Model, frozenset[int]] = WeakKeyDictionary()
+
+
+def _ends_sentence(model: Model) -> frozenset[int]:
+    """The ids a text may end with. Of a large vocabulary they take a quarter of a second to find."""
+    if model not in _ENDS:
+        _ENDS[model] = _sentence_ends(model)
+    return _ENDS[model]
+
+
+def _sentence_ends(model: Model) -> frozenset[int]:
     ends = {model.tokenizer.eos_token_id}
     pieces = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
     # Byte-level tokenizers write a line end as Ċ, sentencepiece as <0x0A>.
     marks = (".", "!", "?", "\n", "Ċ", "<0x0A>")
-    return [i in ends or (piece or "").endswith(marks) for i, piece in enumerate(pieces)]
+    return frozenset(i for i, piece in enumerate(pieces) if i in ends or (piece or "").endswith(marks))
 
 
 @dataclass(frozen=True)
@@ -154,32 +189,26 @@ def hear(
     asked: Counter[tuple[int, ...]] = Counter()
     for ask in asks:
         ids = tuple(_fitting(model, ask.prompt) if ask.at_least else model.encode(ask.prompt))
-        own, found = stems.setdefault(ids, _Stem(ids)), []
+        own, found = stems.get(ids) or _Stem(ids), []
         asked[ids] += 1
-        if ask.at_least and ask.at_least not in own.said:
-            own.said.append(ask.at_least)
+        if ask.at_least:
+            # A text that only answers go on from is read where they begin.
+            stems[ids] = own
+            if ask.at_least not in own.said:
+                own.said.append(ask.at_least)
         for answer in ask.answers:
-            whole, start = split_answer(model, ask.prompt, answer)
-            if len(whole) > model.context_length:
-                raise InvalidInput(
-                    f"a prompt and its answer of {len(whole)} tokens are more than the {model.context_length} that "
-                    f"{model.name} reads: {visible(ask.prompt)}",
-                    "shorten them",
-                )
-            # Before the first token of a text nothing stands that could predict it.
-            start = max(start, 1)
-            read = tuple(whole[:start])
+            read, tail = _split(model, ask.prompt, answer)
             # A token that spans the seam begins before the prompt ends: the answer then goes on from another text.
-            stem = own if read == ids else stems.setdefault(read, _Stem(read))
+            stem = stems.setdefault(read, own if read == ids else _Stem(read))
             found.append((stem, len(stem.tails)))
-            stem.tails.append(tuple(whole[start:]))
+            stem.tails.append(tail)
         wanted.append((own, found))
     ends = _ends_sentence(model)
     texts = list(stems.values())
     results: dict[tuple[int, ...], _Found] = {}
 
     def work(indices: Sequence[int]) -> list[_Found]:
-        found = _heard(model, [texts[i] for i in indices], ends)
+        found = _heard(model, [texts[i] for i in indices], ends, emit)
         tick(sum(asked[texts[i].ids] for i in indices))
         return found
 
@@ -188,9 +217,8 @@ def hear(
         results |= {texts[i].ids: found for i, found in zip(indices, chunks, strict=True)}
     heard = []
     for ask, (own, found) in zip(asks, wanted, strict=True):
-        words, _ = results[own.ids]
-        scored = tuple(results[stem.ids][1][place] for stem, place in found)
-        heard.append(Heard(words[own.said.index(ask.at_least)] if ask.at_least else "", scored))
+        words = results[own.ids][0][own.said.index(ask.at_least)] if ask.at_least else ""
+        heard.append(Heard(words, tuple(results[stem.ids][1][place] for stem, place in found)))
     return heard
 
 
@@ -198,17 +226,18 @@ _Found = tuple[list[str], list[Score]]
 """Of one stem: the words for each time they are asked, and the score of each tail."""
 
 
-def _heard(model: Model, stems: Sequence[_Stem], ends: Sequence[bool]) -> list[_Found]:
+def _heard(model: Model, stems: Sequence[_Stem], ends: Set[int], emit: Emit) -> list[_Found]:
     """Greedy words after stems of equal length, and scores of their tails."""
     ids = torch.tensor([stem.ids for stem in stems], device=model.device)
     logits, cache = _next(model, ids, None)
     places = [(row, tail) for row, stem in enumerate(stems) for tail in stem.tails]
     # Of similar length, so that few steps are taken for rows that are at their end.
     order = sorted(range(len(places)), key=lambda i: len(places[i][1]))
-    scores: dict[int, Score] = {}
-    for start in range(0, len(order), ROWS):
-        chosen = order[start : start + ROWS]
-        scores |= zip(chosen, _scores(model, logits, cache, [places[i] for i in chosen]), strict=True)
+
+    def work(chosen: Sequence[int]) -> list[Score]:
+        return _scores(model, logits, cache, [places[i] for i in chosen])
+
+    scores = dict(zip(order, in_chunks(order, ROWS, work, emit, "answers"), strict=True))
     by_row: list[list[Score]] = [[] for _ in stems]
     for i, (row, _) in enumerate(places):
         by_row[row].append(scores[i])
@@ -265,7 +294,7 @@ def _scores(model: Model, logits: Tensor, cache: Any, places: Sequence[tuple[int
 
 
 def _greedy(
-    model: Model, logits: Tensor, cache: Any, asked: Sequence[tuple[int, int]], ends: Sequence[bool]
+    model: Model, logits: Tensor, cache: Any, asked: Sequence[tuple[int, int]], ends: Set[int]
 ) -> list[list[int]]:
     """The most probable tokens one after another, to the first that ends a sentence or `NEW_TOKENS`.
 
@@ -282,7 +311,7 @@ def _greedy(
         going = []
         for place, (i, token) in enumerate(zip(here, ids.tolist(), strict=True)):
             written[i].append(token)
-            if not (ends[token] and len(written[i]) >= asked[i][1]):
+            if not (token in ends and len(written[i]) >= asked[i][1]):
                 going.append(place)
         if not going or step + 1 == NEW_TOKENS:
             break
@@ -331,7 +360,13 @@ def likelihoods(
         losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return [(-float(row.sum()), len(row)) for row in losses]
 
-    return _each(encoded, len, work, emit)
+    # Logits of all places are the largest tensor, and are needed in fp32 beside it.
+    vocabulary = model.net.get_output_embeddings().weight.shape[0]
+    results: dict[int, tuple[float, int]] = {}
+    for indices in _by_length(encoded, len):
+        rows = max(1, min(ROWS, LOGITS // (vocabulary * max(1, len(encoded[indices[0]])))))
+        results |= zip(indices, in_chunks(indices, rows, work, emit, "texts"), strict=True)
+    return [results[i] for i in range(len(encoded))]
 
 
 def _each(

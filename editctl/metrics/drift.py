@@ -27,7 +27,7 @@ from editctl.metrics.intervals import mean_interval
 from editctl.metrics.values import Metric
 
 HIDDEN = "hidden states"
-"""The protocol."""
+"""The protocol, which also names the block: after different blocks other things are measured."""
 RANK = 5
 """Directions of the principal subspace."""
 PROMPTS = 100
@@ -48,6 +48,7 @@ class States:
     """Tokens × d, float64, on the CPU; the texts one after another, without their first positions."""
     ends: tuple[int, ...]
     """Row of each text's last token."""
+    layer: int = 0
 
 
 def states(model: Model, texts: Sequence[str], layer: int, emit: Emit = silent) -> States:
@@ -73,7 +74,7 @@ def states(model: Model, texts: Sequence[str], layer: int, emit: Emit = silent) 
         found |= zip(alike, in_chunks(alike, ROWS, work, emit, "prompts"), strict=True)
     parts = [found[i] for i in range(len(encoded))]
     ends = tuple(end - 1 for end in itertools.accumulate(map(len, parts)))
-    return States(torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64), ends)
+    return States(torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64), ends, layer)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Drift:
     tokens: int
     angle: float | None
     """Between the principal subspaces before and after, in degrees, 0 to 90; None when there are too few states."""
+    layer: int = 0
+    """The block after which the states are."""
 
     def metrics(self) -> tuple[Metric, ...]:
         """The mean shift at the last token with Student's interval over texts; that of all tokens; the largest of all
@@ -97,13 +100,14 @@ class Drift:
         low, high = mean_interval(self.last)
         low = None if low is None else max(0.0, low)
         mean = math.fsum(self.last) / len(self.last)
+        protocol = f"{HIDDEN} after block {self.layer}"
         found = [
-            Metric("drift", HIDDEN, mean, len(self.last), False, "", low, high),
-            Metric("drift", HIDDEN, self.mean, self.tokens, False, "all tokens"),
-            Metric("drift", HIDDEN, self.largest, self.tokens, False, "largest"),
+            Metric("drift", protocol, mean, len(self.last), False, "", low, high),
+            Metric("drift", protocol, self.mean, self.tokens, False, "all tokens"),
+            Metric("drift", protocol, self.largest, self.tokens, False, "largest"),
         ]
         if self.angle is not None:
-            found.append(Metric("drift angle", HIDDEN, self.angle, self.tokens, False))
+            found.append(Metric("drift angle", protocol, self.angle, self.tokens, False))
         return tuple(found)
 
 
@@ -113,11 +117,11 @@ def drift(before: States, after: States, rank: int = RANK) -> Drift:
     Raises:
         ValueError: they are of other texts.
     """
-    if before.ends != after.ends or before.hidden.shape != after.hidden.shape:
-        raise ValueError("the states are of other texts")
+    if (before.layer, before.ends) != (after.layer, after.ends) or before.hidden.shape != after.hidden.shape:
+        raise ValueError("the states are of other texts, or after another block")
     tokens = len(before.hidden)
     if not tokens:
-        return Drift((), 0.0, 0.0, 0, None)
+        return Drift((), 0.0, 0.0, 0, None, before.layer)
     moved = (after.hidden - before.hidden).norm(dim=1)
     # A state of zeros has no length to compare with; only a model without weights has one.
     shifts = moved / before.hidden.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -127,6 +131,7 @@ def drift(before: States, after: States, rank: int = RANK) -> Drift:
         float(shifts.max()),
         tokens,
         _angle(before.hidden, after.hidden, rank),
+        before.layer,
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from editctl.metrics.intervals import clustered, mean_interval
+from editctl.metrics.intervals import clustered, clustered_mean
 from editctl.metrics.values import (
     GENERATED,
     KINDS,
@@ -37,6 +37,8 @@ from editctl.spec import Edit, fill
 NAMES = {REWRITE: "reliability", PARAPHRASE: "generalization", LOCALITY: "locality", PORTABILITY: "portability"}
 """The metric each kind of prompt yields."""
 SCORE, RETENTION = "score", "retention"
+_COMPARED = (REWRITE, PARAPHRASE, LOCALITY)
+"""The kinds that the score is of."""
 MAGNITUDE = " magnitude"
 """Added to a metric's name: not whether the answer is likelier than its rival, but by how much."""
 PROTOCOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -128,10 +130,11 @@ def summary(answers: Sequence[Answer]) -> tuple[Metric, ...]:
             if gaps:
                 metrics.append(_mean(NAMES[kind] + MAGNITUDE, gaps))
     compared = {m.name: m.value for m in metrics if m.protocol == PROBABILITY}
-    parts_of_it = [compared.get(NAMES[kind]) for kind in (REWRITE, PARAPHRASE, LOCALITY)]
+    parts_of_it = [compared.get(NAMES[kind]) for kind in _COMPARED]
     if None not in parts_of_it:
         harmonic = 3 / sum(1 / v for v in parts_of_it if v) if all(parts_of_it) else 0.0
-        metrics.append(Metric(SCORE, PROBABILITY, harmonic, len({a.edit for a in answers})))
+        having = [{a.edit for a in answers if a.kind == k and _likelier(a) is not None} for k in _COMPARED]
+        metrics.append(Metric(SCORE, PROBABILITY, harmonic, len(set.intersection(*having))))
     held = [a for a in answers if a.kind == REWRITE and a.soon is not None and says(a.soon, a.wanted)]
     if held:
         metrics.append(_share(RETENTION, GENERATED, {a.edit: [float(a.ok)] for a in held}, ""))
@@ -183,7 +186,9 @@ def _values(answers: Iterable[Answer], rule: _Rule) -> dict[str, list[float]]:
         if value is not None:
             own = found.setdefault(answer.edit, {})
             question = (answer.group, "") if answer.group else ("", str(number))
-            own[question] = max(value, own.get(question, -math.inf))
+            best = own.get(question, -math.inf)
+            # One that is no number stays: the best of a question is not known then.
+            own[question] = best if math.isnan(best) or value <= best else value
     return {edit: list(values.values()) for edit, values in found.items()}
 
 
@@ -195,7 +200,7 @@ def _share(name: str, protocol: str, values: Mapping[str, Sequence[float]], axis
 
 
 def _mean(name: str, values: Mapping[str, Sequence[float]]) -> Metric:
-    """A mean of values that are no shares: over all, with the interval of the means of the edits."""
+    """A mean of differences of probabilities."""
     flat = [value for own in values.values() for value in own]
-    low, high = mean_interval([math.fsum(own) / len(own) for own in values.values()])
+    low, high = clustered_mean(list(values.values()), -1.0, 1.0)
     return Metric(name, PROBABILITY, math.fsum(flat) / len(flat), len(flat), low=low, high=high)

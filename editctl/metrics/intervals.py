@@ -47,7 +47,8 @@ def clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
     Ten neighbourhood prompts of one edit fail together; counted as ten draws they promise too narrow an interval. The
     count is divided by the design effect, the variance between groups over that of independent values (Kish 1965), at
-    least 1; with all values alike it is unknown and the groups are counted (Korn and Graubard 1998).
+    least 1, and by Student's factor for so many groups; with all values alike it is unknown and the groups are counted
+    (Korn and Graubard 1998).
 
     Args:
         groups: the values of each group; empty groups count for nothing.
@@ -66,8 +67,34 @@ def clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     if not spread or many == 1:
         return wilson(share * many, many)
     between = many / (many - 1) * math.fsum((math.fsum(g) - share * len(g)) ** 2 for g in groups) / n**2
-    effective = n / max(1.0, between * n / spread)
+    # Few groups tell little of how much they vary: Student's factor (Korn and Graubard 1998, equation 3).
+    effective = n / max(1.0, between * n / spread) * (Z / student(many - 1)) ** 2
     return wilson(share * effective, effective)
+
+
+def clustered_mean(
+    groups: Sequence[Sequence[float]], least: float = -math.inf, most: float = math.inf
+) -> tuple[float | None, float | None]:
+    """Student's interval of the mean of all values that come in groups, each group one independent draw.
+
+    The variance of the mean is that of the groups' sums less their share of it (Kish 1965), with as many degrees of
+    freedom as groups less one.
+
+    Args:
+        least: what the mean can be at least.
+        most: and at most.
+
+    Returns:
+        Two numbers, or twice None: fewer than two groups, or a value that is not finite, have no interval.
+    """
+    groups = [group for group in groups if group]
+    n, many = sum(map(len, groups)), len(groups)
+    mean = math.fsum(value for group in groups for value in group) / n if n else 0.0
+    if many < 2 or not math.isfinite(mean):
+        return None, None
+    between = many / (many - 1) * math.fsum((math.fsum(g) - mean * len(g)) ** 2 for g in groups) / n**2
+    reach = student(many - 1) * math.sqrt(between)
+    return max(least, mean - reach), min(most, mean + reach)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -123,6 +123,7 @@ class EditctlApp(App[None]):
     # All at once: a style sheet that comes later makes everything be styled anew, 30 ms in the middle of a run.
     CSS_PATH: ClassVar[list[str]] = [  # type: ignore[assignment]
         *("app.tcss", "plan.tcss", "run.tcss", "review.tcss", "history.tcss", "ask.tcss", "form.tcss", "trace.tcss"),
+        "import.tcss",
     ]
     # Each place's module is loaded when it is first shown: the first paint needs one of them.
     MODES: ClassVar[dict[str, Callable[[], Place]]] = {  # type: ignore[assignment]

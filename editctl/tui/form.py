@@ -69,6 +69,11 @@ def lines_in(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
+def _prose(text: str) -> str:
+    """A text whose spaces and lines stay as they are; blanks alone are none."""
+    return text if text.strip() else ""
+
+
 def showable(text: str, also: str = "") -> bool:
     """Whether an input shows the text as it is: nothing in it is hidden or acts on a terminal.
 
@@ -113,10 +118,14 @@ FIELDS = {
     "tags": Field(
         "words to select edits by: towers, europe", ", ".join, lambda text: lines_in(text.replace(",", "\n"))
     ),
-    "source": Field("why this is so", read=lambda text: text if text.strip() else "", area=True),
-    "note": Field("what a reviewer should know", read=lambda text: text if text.strip() else "", area=True),
+    "generation": Field("openings for free text, one a line: The best of {} is", "\n".join, lines_in, True),
+    "references": Field("texts that free text should be like, one a line", "\n".join, lines_in, area=True),
+    "essence": Field("a text about the subject, whose perplexity is measured", read=_prose, area=True),
+    "source": Field("why this is so", read=_prose, area=True),
+    "note": Field("what a reviewer should know", read=_prose, area=True),
 }
 _NOUNS = {"paraphrase": "paraphrases", "locality probe": "locality", "portability probe": "portability", "tag": "tags"}
+_NOUNS |= {"generation prompt": "generation", "reference": "references"}
 _ABOUT = re.compile(rf"(?:\w+(?: \d+)? of )?\b({'|'.join([*_NOUNS, *FIELDS])})\b(?: (\d+))?")
 _TOGETHER = {"contradicts": "target_new", "duplicate of": "relation", "shares the subject": "subject"}
 
@@ -128,6 +137,13 @@ def field_of(message: str) -> tuple[str, int]:
             return name, 0
     match = _ABOUT.match(message)
     return (_NOUNS.get(match[1], match[1]), int(match[2] or 0)) if match else ("", 0)
+
+
+def is_read(path: Path, paths: Sequence[Path]) -> bool:
+    """Whether a file is among those that are read, or would be if it were there."""
+    real = os.path.realpath(path)
+    inside = path.suffix == ".toml" and os.path.realpath(path.parent) in map(os.path.realpath, paths)
+    return inside or real in [os.path.realpath(one) for one in paths if not one.is_dir()]
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,7 @@ class Judge:
         with self._one:
             path = Path(file)
             edit, clash = self._latest(path, fields)
-            if not self._read(path):
+            if not is_read(path, self._paths):
                 places = ", ".join(map(str, self._paths))
                 problem = Problem(
                     file or "file", 1, "file is none of those that are read", f"name a *.toml of {places}"
@@ -184,12 +200,6 @@ class Judge:
                 return Judged(edit, report.problems, refused=True, clash=clash)
             problems, warnings = (self._about(own, report, some) for some in (report.problems, report.warnings))
             return Judged(edit, problems, warnings, own not in report.edits, clash)
-
-    def _read(self, path: Path) -> bool:
-        """Whether the file is among those that are read."""
-        real = os.path.realpath(path)
-        inside = path.suffix == ".toml" and os.path.realpath(path.parent) in map(os.path.realpath, self._paths)
-        return inside or real in [os.path.realpath(one) for one in self._paths if not one.is_dir()]
 
     def _latest(self, path: Path, fields: Mapping[str, Any]) -> tuple[Edit, tuple[str, ...]]:
         """The edit as the file has it now with what was changed in the form, and what was changed in both."""
@@ -375,10 +385,11 @@ class EditForm(Tells, ModalScreen[bool]):
         """What is asked and what is to be said, of the edit or of the line under the cursor."""
         subject, focused = self._text("subject").strip(), self.focused
         template, said, kind = self._text("relation").strip(), self._text("target_new").strip(), ""
-        if isinstance(focused, TextArea) and focused.id in ("paraphrases", "locality", "portability"):
+        if isinstance(focused, TextArea) and focused.id in ("paraphrases", "locality", "portability", "generation"):
             line = focused.document[focused.cursor_location[0]]
-            if focused.id == "paraphrases" and line.strip():
+            if focused.id in ("paraphrases", "generation") and line.strip():
                 template = line.strip()
+                said = "" if focused.id == "generation" else said
             elif probes := probes_of(line):
                 template, said, kind = probes[0].prompt, " | ".join(probes[0].answer), probes[0].kind
         text = Text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -555,16 +556,18 @@ def deed_view(deed: Deed) -> RenderableType:
 
 def measured_view(lines: Sequence[str]) -> RenderableType:
     """What `editctl measure --json` said."""
+    from editctl.figures import MetricsView
     from editctl.metrics.values import Answer, Metric
-    from editctl.report import answers_view, metrics_view
+    from editctl.report import answers_view
 
     said = [json.loads(line) for line in lines]
     kinds: dict[str, list[dict[str, object]]] = {"answer": [], "metric": []}
     for one in said:
         kinds.get(one.pop("type", ""), []).append(one)
     answers = [Answer(**{**one, "wanted": tuple(one["wanted"])}) for one in kinds["answer"]]  # type: ignore[arg-type]
-    metrics = [Metric(**one) for one in kinds["metric"]]  # type: ignore[arg-type]
-    return Group(metrics_view(metrics), Text(), answers_view(answers, 100))
+    told = [{**one, "value": math.nan if one["value"] is None else one["value"]} for one in kinds["metric"]]
+    metrics = [Metric(**one) for one in told]  # type: ignore[arg-type]
+    return Group(MetricsView(metrics), Text(), answers_view(answers, 100))
 
 
 def _in_full(store: Store, version: Version) -> object:

@@ -299,7 +299,8 @@ class ReviewPlace(Place):
 
     def _summary(self, page: Page) -> RenderableType:
         """The version in a few lines."""
-        from editctl.report import metrics_view, review_line, short
+        from editctl.figures import MetricsView
+        from editctl.report import review_line, short
 
         version = page.version
         head = Text(visible(version.id), "bold").append(f"  {self._state(version)}", "not bold")
@@ -321,7 +322,7 @@ class ReviewPlace(Place):
             else:
                 line.append_text(review_line(review))
             parts.append(line)
-        return Group(*parts, Text(), metrics_view(page.metrics)) if page.metrics else Group(*parts)
+        return Group(*parts, Text(), MetricsView(page.metrics)) if page.metrics else Group(*parts)
 
     def _short_summary(self, page: Page) -> RenderableType:
         """The version in three lines, for few rows; `enter` has the rest."""

@@ -25,17 +25,21 @@ from editctl.plan import count
 from editctl.spec import Edit, fill, visible
 from editctl.tui import desk
 from editctl.tui.desk import GLYPHS, TONES, Item
-from editctl.tui.dialogs import Question
+from editctl.tui.dialogs import Line, Question
 from editctl.tui.form import EditForm
 from editctl.tui.place import Pane, Place
 from editctl.tui.rows import Column, Finder, RowList
+from editctl.tui.tasks import Task
 
 STAGED, UNSTAGED = "●", " "
+EXTRA = 500
+"""Characters that are shown of what an importer kept."""
 FIRST = """No edits yet.
 
 An edit is one fact the model shall state from now on.
   n   write the first one in a form
   e   open a spec file in your editor
+  i   import a benchmark
 
 Files are read from: {}"""
 
@@ -49,7 +53,7 @@ class SpecsPlace(Place):
     """All edits of all spec files."""
 
     NAME = "specs"
-    CHANGES = frozenset({"new", "change", "delete", "editor"})
+    CHANGES = frozenset({"new", "change", "delete", "editor", "take_in", "export"})
     ABOUT = (
         "All edits of all spec files, as the files are now: changes made elsewhere appear by themselves. + is new, "
         "~ is changed, = is what the model says already, ✗ has a problem, ! contradicts another edit, - is live but in "
@@ -63,6 +67,8 @@ class SpecsPlace(Place):
         Binding("e", "editor", "editor", id="specs.editor", tooltip="Open the file at the edit's line in $EDITOR"),
         Binding("x", "delete", "delete", id="specs.delete", tooltip="Take the edit out of its file"),
         Binding("p", "app.go('plan')", "plan", id="specs.plan", tooltip="See the plan of what is staged"),
+        Binding("i", "take_in", "import", id="specs.import", tooltip="Import a benchmark's file as specs"),
+        Binding("o", "export", "out", show=False, id="specs.export", tooltip="Write all edits as CounterFact's JSON"),
     ]
 
     def body(self) -> ComposeResult:
@@ -117,6 +123,10 @@ class SpecsPlace(Place):
             return "there is nothing to stage: the model says all of this already"
         if action in ("change", "delete") and item is not None and item.state == desk.GONE:
             return "no file declares this edit any more; staged, it is dropped from the model"
+        if action == "export" and not self.desk.specs.items:
+            return "there is no edit to write"
+        if action == "export" and self.desk.specs.problems:
+            return f"{self.desk.specs.problems[0]}: mend it first"
         if action == "editor" and self.desk.runner.going:
             return "a run is going on, which would stand still while the editor has the terminal"
         return ""
@@ -176,6 +186,31 @@ class SpecsPlace(Place):
             else:
                 self.notify(f"Deleted {edit.id} from {edit.file}", markup=False)
             self.desk.look(changed=True)
+
+    @work(group="form", exclusive=True, exit_on_error=False)
+    async def action_take_in(self) -> None:
+        """Import a benchmark's file."""
+        from editctl.tui.importing import ImportForm, Outcome
+
+        done = await self.app.push_screen_wait(ImportForm())
+        if done is not None:
+            self.desk.look(changed=True)
+            words = "\n".join([done.counts, *(path for path, _ in done.files[:3])])
+            self.notify(words, title="import", severity="warning" if done.refused else "information")
+            if done.rows:
+                self.app.push_screen(Outcome(done))
+
+    @work(group="question", exclusive=True, exit_on_error=False)
+    async def action_export(self) -> None:
+        """Write all edits for other tools."""
+        name = await self.app.push_screen_wait(Line("Write all edits to which JSON file?", value="counterfact.json"))
+        if name is None:
+            return
+        path = Path(os.path.expanduser(name)).absolute()
+        if await asyncio.to_thread(path.exists) and not await self.app.push_screen_wait(Question(f"Replace {path}?")):
+            return
+        arguments = self.desk.space.arguments("export-specs", "-o", str(path), "--yes")
+        self.app.push_screen(Task(f"Write all edits to {name}", "export-specs", arguments))
 
     def action_editor(self) -> None:
         """Open the editor at the edit, or at the first problem of a file that cannot be read."""
@@ -279,11 +314,15 @@ def item_view(item: Item, staged: bool) -> RenderableType:
     row("tags", ", ".join(edit.tags))
     row("source", edit.source)
     row("note", edit.note)
+    row("essence", edit.essence)
+    row("extra", visible(edit.extra, EXTRA))
     parts.append(table)
     for name, texts in (
         ("paraphrase", [fill(text, edit.subject) for text in edit.paraphrases]),
         ("locality probe", [_probe(p.prompt, p.answer, "", edit.subject) for p in edit.locality]),
         ("portability probe", [_probe(p.prompt, p.answer, p.kind, edit.subject) for p in edit.portability]),
+        ("generation prompt", list(edit.generation_prompts)),
+        ("reference", list(edit.references)),
     ):
         if texts:
             parts += [Text(), Text(count(len(texts), name), "bold")]
