@@ -1264,6 +1264,22 @@ def test_import_as_json_is_one_object_a_line():
     assert lines[3] == {"type": "summary", **counts}
 
 
+def test_a_dry_run_tells_all_and_writes_nothing():
+    """With a place for the specs and without one; what is refused as a whole is refused alike."""
+    FILE.write_text(json.dumps([cf(), cf(new="Dutch")]))
+    for more in ((), ("-o", "x.toml")):
+        done = run("import", FILE, "--dry-run", *more)
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert "1 of 2 records can be imported as 1 edit" in done.stderr
+        assert "not imported: 1 conflict" in done.stderr
+    lines = [json.loads(line) for line in run("import", FILE, "--dry-run", "--json").stdout.splitlines()]
+    assert [line["type"] for line in lines[1:]] == ["importing", "refused", "summary"]
+    assert isinstance(run("import", FILE, "--dry-run", "--strict").exception, InvalidInput)
+    done = run("import", FILE)
+    assert "not said where the specs go" in str(done.exception) and "-o" in done.exception.hint
+    assert [path.name for path in Path().iterdir()] == ["bench.json"]
+
+
 def test_strict_writes_nothing_when_a_record_is_refused():
     """All of them are told as problems; without a fault it imports."""
     FILE.write_text(json.dumps([cf(), cf(new="Dutch"), cf(new="")]))

@@ -17,7 +17,8 @@ from textual.widgets import Input
 from editctl.spec import load
 from editctl.tui import children
 from editctl.tui.dialogs import Line, Pick, Question
-from editctl.tui.importing import Found, ImportForm, Outcome, Paths, Settings
+from editctl.tui.found import Found, Outcome, Settings
+from editctl.tui.importing import ImportForm, Paths
 from editctl.tui.rows import RowList
 from editctl.tui.tasks import Task
 

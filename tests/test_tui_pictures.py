@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import html
+import json
 import os
 import re
 import shutil
@@ -82,6 +83,26 @@ async def form(screen: Screen) -> None:
     await screen.press("slash", *"eiffel", "enter", "enter")
     await screen.until(lambda: len(screen.app.screen_stack) > 1)
     await screen.pilot.pause(0.5)
+
+
+async def imported(screen: Screen) -> None:
+    """A benchmark's file, read; one record names no subject, one contradicts another."""
+    facts = [("Danielle Darrieux", "English"), ("Toko Yasuda", "Dutch"), ("Danielle Darrieux", "Danish")]
+    records = [
+        {
+            "case_id": at,
+            "prompt": f"The mother tongue of {subject if at != 1 else 'that singer'} is",
+            "subject": subject,
+            "target_new": new,
+            "ground_truth": "French",
+            "rephrase_prompt": f"{subject}, a native",
+            "locality_prompt": "Henri Barbusse spoke",
+        }
+        for at, (subject, new) in enumerate(facts)
+    ]
+    Path("counterfact.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    await screen.press("i", *"counterfact.json", "enter")
+    await screen.shows("1 of 3 records", "record 2")
 
 
 async def planned(screen: Screen) -> None:
@@ -168,6 +189,7 @@ DRAWN: dict[str, tuple[Draw, bool]] = {
     "specs": (nothing, True),
     "problems": (wrong, True),
     "form": (form, True),
+    "import": (imported, True),
     "plan": (planned, True),
     "question": (question, True),
     "run": (running, True),

@@ -15,7 +15,7 @@ from textual.theme import BUILTIN_THEMES
 from editctl import config as config_room
 from editctl.errors import InvalidInput, Problem
 from editctl.spec import visible
-from editctl.tui import dialogs, form, heatmap, importing, place, replay, rows, tasks
+from editctl.tui import dialogs, form, found, heatmap, importing, place, replay, rows, tasks
 from editctl.tui.app import EditctlApp, place_class
 from editctl.tui.place import PLACES
 from editctl.workspace import Workspace
@@ -32,7 +32,7 @@ def known() -> Iterator[tuple[str, Binding]]:
     others: tuple[type[DOMNode], ...] = (EditctlApp, place.Place, place.Pane, rows.RowList, rows.Finder)
     others += (dialogs.Question, dialogs.Line, dialogs.Pick, dialogs.Viewer, form.EditForm)
     others += (tasks.Task, replay.Replay, heatmap.HeatMap)
-    others += (importing.ImportForm, importing.Choice, importing.Outcome)
+    others += (importing.ImportForm, importing.Choice, found.Outcome)
     for where, bindings in (*places, *((one.__name__, one.BINDINGS) for one in others)):
         for binding in bindings:
             if isinstance(binding, Binding) and binding.id:

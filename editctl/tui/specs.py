@@ -190,7 +190,8 @@ class SpecsPlace(Place):
     @work(group="form", exclusive=True, exit_on_error=False)
     async def action_take_in(self) -> None:
         """Import a benchmark's file."""
-        from editctl.tui.importing import ImportForm, Outcome
+        from editctl.tui.found import Outcome
+        from editctl.tui.importing import ImportForm
 
         done = await self.app.push_screen_wait(ImportForm())
         if done is not None:
