@@ -287,6 +287,9 @@ def study_ratio(
 
     one = _Study(space, "ratio", 200, given)
     chosen = sorted({*(shares or ratio.SHARES), 100})
+    for name in names:
+        if not one.settings(name).needs_moments:
+            raise InvalidInput(f"{name} uses no preserved-knowledge data", "name a method that does: editctl methods")
     wholes = [
         ratio.whole(one.trial(one.settings(name), batch))
         for batch in batches or (20,)
@@ -306,7 +309,7 @@ def study_ratio(
 
     def told(found: Mapping[str, Any]) -> list[str]:
         values = next(iter(found.values()))
-        return [ratio.RULE, "", *(f"{key}: {share} % of the corpus" for key, share in values.items())]
+        return [ratio.RULE, "", *(f"{key}: {ratio.spelled(share)}" for key, share in values.items())]
 
     one.run(
         wholes,

@@ -247,14 +247,20 @@ def _use(space: Workspace, proposal: Proposal, as_json: bool) -> None:
 
     Raises:
         EditctlError: there are none.
-        InvalidInput: the file cannot take them.
+        InvalidInput: the file cannot take them, or is about another model.
     """
     from editctl import config, report
+    from editctl.spec import quoted
 
     if not proposal.layers:
         raise EditctlError(f"no blocks are proposed: {proposal.why}", "trace more edits, or set layers by hand")
     path = space.config_path or Path(config.FILE)
-    layers = list(proposal.layers)
+    layers, edited = list(proposal.layers), config.load(space.config_path).model
+    if edited != space.config.model:
+        raise InvalidInput(
+            f"{report.safe(str(path))} edits {quoted(edited)}, the blocks are of {quoted(space.config.model)}",
+            "name that model in the file first; nothing was written",
+        )
     config.put(path, ("settings", "layers"), layers)
     if as_json:
         talk.line({"type": "written", "file": str(path), "layers": layers})

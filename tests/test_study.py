@@ -22,7 +22,7 @@ from editctl.errors import InvalidInput, Locked
 from editctl.metrics.text import perplexity
 from editctl.metrics.values import Metric
 from editctl.store import Store
-from editctl.studies import ratio, runtime, sequential, shapes, subjects, tables, timing
+from editctl.studies import journal, ratio, runtime, sequential, shapes, subjects, tables, timing
 from editctl.studies.bench import Bench, Mark, Trial
 from editctl.studies.journal import opened
 from editctl.studies.tables import Result
@@ -710,3 +710,19 @@ def test_two_hundred_edits_in_a_row_hold_and_leave_the_rest_alone(study: Rows) -
     assert (row["edits"], row["batch"], count(row, UNRELATED)) == (200, 20, 400)
     assert percent(row, "reliability") >= 90
     assert percent(row, UNRELATED) >= 90
+
+
+def test_a_ratio_of_what_was_not_measured_is_not_told() -> None:
+    """Without locality nothing can be called safe."""
+    assert ratio.smallest_safe([a_result(100, a_mark(5, reliability=0.9, generalization=0.7))]) is None
+    assert "cannot be said" in ratio.spelled(None) and ratio.spelled(5) == "5 % of the corpus"
+
+
+def test_a_damaged_journal_is_told_with_its_line(tmp_path: Path) -> None:
+    """Instead of a traceback; a last line that was cut is not damage."""
+    path = tmp_path / "parts.jsonl"
+    path.write_text('{"trial": "a"}\n{"tri\n{"trial": "b"}\n')
+    with pytest.raises(InvalidInput, match=r"parts\.jsonl:2: the line is damaged"):
+        list(journal._read(path))
+    path.write_text('{"trial": "a"}\n{"tri')
+    assert list(journal._read(path)) == [{"trial": "a"}]

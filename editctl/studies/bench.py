@@ -178,7 +178,11 @@ class Bench:
         if not trial.edits:
             raise InvalidInput("there are no edits to study", "name spec files that hold some")
         lines = self._journal.of(trial.name)
-        marks = [Mark.from_json(line) for line in lines]
+        try:
+            marks = [Mark.from_json(line) for line in lines]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            message = f"what was found of {trial.name} before is damaged, or of another editctl"
+            raise InvalidInput(message, "name another folder with -o, or begin anew") from None
         if marks and self._pace:
             self._pace.skip(marks[-1].edits)
         if marks and marks[-1].edits == len(trial.edits):

@@ -120,5 +120,11 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         write_atomically(path, whole)
-    for line in whole.splitlines():
-        yield json.loads(line)
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{path}:{number}: the line is damaged", "name another folder with -o, or begin anew")
+        yield found

@@ -118,6 +118,8 @@ def prepare(
         "recipe": asdict(recipe),
         "facts": hashlib.sha256(json_line(content).encode()).hexdigest()[:16],
         "text": hashlib.sha256(json_line(taught).encode()).hexdigest()[:16],
+        # The tokenizer is made of them too.
+        "targets": hashlib.sha256(json_line([edit.target_new for edit in edits]).encode()).hexdigest()[:16],
     }
     part = out.with_name(out.name + ".part")
     training = _Training(

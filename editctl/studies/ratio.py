@@ -45,10 +45,13 @@ def seen(result: Result) -> int:
     return next(metric.n for metric in result.marks[-1].beside if metric.name == CORPUS)
 
 
-def smallest_safe(results: Sequence[Result]) -> int:
-    """The smallest safe share by `RULE`, in percent, among the shares of one method."""
+def smallest_safe(results: Sequence[Result]) -> int | None:
+    """The smallest safe share by `RULE`, in percent, among the shares of one method; None where one of the scores was
+    not measured with the whole corpus, so that nothing can be said."""
     by_share = {int(str(result.trial.heads[SHARE])): result for result in results}
     floor = {name: metric.low for name, metric in _watched(by_share[100]).items()}
+    if set(floor) != set(WATCHED):
+        return None
     safe = 100
     for share in sorted(by_share, reverse=True):
         found = _watched(by_share[share])
@@ -57,6 +60,13 @@ def smallest_safe(results: Sequence[Result]) -> int:
                 return safe
         safe = share
     return safe
+
+
+def spelled(share: int | None) -> str:
+    """A smallest safe share in words."""
+    if share is None:
+        return f"cannot be said: {', '.join(WATCHED)} were not all measured with the whole corpus"
+    return f"{share} % of the corpus"
 
 
 def _watched(result: Result) -> dict[str, Metric]:

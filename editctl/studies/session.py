@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from editctl import atlas
 from editctl.engine import corpus, methods, source
 from editctl.engine.methods import Settings
+from editctl.engine.run import libraries
 from editctl.errors import InvalidInput
 from editctl.events import Emit, json_line
 from editctl.metrics.edits import Question
@@ -27,6 +28,10 @@ from editctl.studies.tables import Result
 
 if TYPE_CHECKING:
     from editctl.workspace import Workspace
+
+
+DECISIVE = ("editctl", "torch", "transformers", "tokenizers")
+"""Libraries of other versions make other numbers."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def about(space: Workspace, name: str, of: Matter, trials: Sequence[Trial], **mo
     """The configuration that a study's folder is bound to: everything that decides its numbers."""
     return {
         "study": name,
+        "libraries": {name: version for name, version in libraries().items() if name in DECISIVE},
         "model": {"name": space.config.model, "content": space.source()[1]},
         "device": space.config.device,
         "dtype": space.config.dtype,
