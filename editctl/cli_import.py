@@ -119,7 +119,7 @@ def _import(
         InvalidInput: it is none of a benchmark, holds no edit, or with `strict` a record that is none; or it is not
             said where the specs go.
     """
-    from editctl.importers.work import Importer, existing
+    from editctl.importers.work import Importer
     from editctl.plan import count
     from editctl.report import safe
 
@@ -145,18 +145,27 @@ def _import(
         problems = [row.problem(file) for row in rows.first]
         raise InvalidInput(f"{refused} in {file} cannot be edits", f"nothing was written; {advice}", problems)
     written: list[tuple[Path, int]] = []
+    gone: list[Path] = []
+
+    def may(replaced: list[Path], deleted: list[Path]) -> None:
+        _may_change(replaced, deleted, yes)
+        gone.extend(deleted)
+
     if path is not None and not dry_run:
-        _may_replace(existing(path), yes)
-        written = importer.write(path, rows.tell)
+        written = importer.write(path, rows.tell, may)
     if as_json:
         for part, edits in written:
             talk.line({"type": "file", "path": str(part), "edits": edits})
+        for part in gone:
+            talk.line({"type": "deleted", "path": str(part)})
         counts = {"records": survey.records, "edits": survey.edits, "merged": survey.merged}
         talk.line({"type": "summary", **counts, "refused": dict(survey.refused), "asides": dict(survey.asides)})
         return
     rows.say()
     for text in _summary(survey, "can be imported" if dry_run else "imported"):
         _say(text)
+    for part in gone:
+        _say(f"deleted {part}, a part of an earlier import")
     for part, _ in written:
         click.echo(safe(str(part)))
 
@@ -175,23 +184,29 @@ def _spec_path(out: str, file: Path) -> Path:
     return path
 
 
-def _may_replace(old: list[Path], yes: bool) -> None:
-    """Ask before files are replaced.
+def _may_change(replaced: list[Path], deleted: list[Path], yes: bool) -> None:
+    """Ask before files are replaced or deleted.
 
     Raises:
         InvalidInput: there is no terminal to ask on.
     """
-    from editctl.plan import count
     from editctl.report import safe
 
-    if not old or yes:
+    doing = [
+        (*words, ", ".join(map(str, files))) for words, files in ((_REPLACE, replaced), (_DELETE, deleted)) if files
+    ]
+    if not doing or yes:
         return
-    what = str(old[0]) + (f" and {count(len(old) - 1, 'more file')}" if len(old) > 1 else "")
+    asked = " and ".join(f"{verb} {names}" for verb, _, names in doing)
     try:
-        confirm(safe(f"Replace {what}?"))
+        confirm(safe(f"{asked[0].upper()}{asked[1:]}?"))
     except InvalidInput:
-        hint = "pass --yes to replace, or name another file with -o"
-        raise InvalidInput(f"{what} would be replaced, and there is no terminal to ask on", hint) from None
+        told = " and ".join(f"{names} would be {done}" for _, done, names in doing)
+        hint = f"pass --yes to {' and '.join(verb for verb, _, _ in doing)}, or name another file with -o"
+        raise InvalidInput(f"{told}, and there is no terminal to ask on", hint) from None
+
+
+_REPLACE, _DELETE = ("replace", "replaced"), ("delete", "deleted")
 
 
 class _Rows:

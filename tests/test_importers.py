@@ -96,7 +96,7 @@ EVERY = {
     "zsre/zsre_portability_400.json": ("zsre", 400, 390, {"no change": 10}, {"hidden character": 2}),
     "zsre/zsre_train_200.json": ("zsre", 200, 194, {"no change": 4, "empty: target": 2}, {}),
     "mquake/mquake_cf_100.json": ("mquake", 100, 259, {}, {}),
-    "knowedit/wiki_counterfact_100.json": ("knowedit", 100, 100, {}, {"asks for what changes": 6}),
+    "knowedit/wiki_counterfact_100.json": ("knowedit", 100, 100, {}, {"asks for what changes": 6, "repeated": 3}),
     "knowedit/wikibio_60.json": ("knowedit", 60, 60, {}, {}),
     "knowedit/zsre_100.json": ("knowedit", 100, 100, {}, {}),
     "known/known_300.json": ("known", 300, 300, {}, {}),
@@ -525,6 +525,29 @@ def test_knowedit_keeps_every_alias_and_names_the_axes():
     assert left["locality"]["Forgetfulness"] is None
 
 
+def test_one_prompt_with_several_right_answers_is_one_probe():
+    """Of one kind; what became one stays under `extra` as it stood, and a probe that adds nothing is told."""
+    asked = [{"prompt": "He works as", "ground_truth": [[text]]} for text in ("writer", "novelist", "writer")]
+    alone = {"prompt": "His father is", "ground_truth": [["Bo"]]}
+    edit, asides = one(knowedit(portability={"Reasoning": [*asked, alone], "Subject_Aliasing": asked[1:2]}))
+    assert [(probe.prompt, probe.answer, probe.kind) for probe in edit.portability] == [
+        ("He works as", ("writer", "novelist"), "reasoning"),
+        ("His father is", ("Bo",), "reasoning"),
+        ("He works as", ("novelist",), "alias"),
+    ]
+    assert asides == ["repeated"]
+    assert json.loads(edit.extra)["portability"] == {"Reasoning": [*asked, {}]}
+
+
+@sampled
+def test_knowedits_occupations_are_one_probe():
+    """Record 100 of the sample asks one prompt thrice, each time with another answer."""
+    record = json.loads((SAMPLES / "knowedit/wiki_counterfact_100.json").read_text())[99]
+    probes = one(record)[0].portability
+    assert len({(probe.prompt, probe.kind) for probe in probes}) == len(probes)
+    assert any({"writer", "novelist", "screenwriter"} <= set(probe.answer) for probe in probes)
+
+
 def test_knowedits_biographies_end_in_a_sentence():
     """The passage is the prompt, without the space it ends in, and the sentence the target."""
     edit, _ = one(BIO)
@@ -639,6 +662,30 @@ def test_leme_opens_essays_as_its_own_code_does():
     assert detect(older) == ["leme"]
     assert edit.generation[-1].endswith("\n\nWatts Humphrey") or edit.generation[-1].endswith("\n\n{}")
     assert edit.target_new == "University of Michigan"
+
+
+def test_leme_has_a_target_to_choose_on_zsres_records_alone():
+    """On CounterFact's nothing is announced and --target is refused; among both each edit says its own."""
+    older = zsre(dependancies=LEME["coupled_prompts_and_properties"])
+    edit, _ = one(LEME)
+    assert "target" not in edit.source
+    assert Importer(FILE).target == ""
+    for form in ("", "leme"):
+        with pytest.raises(InvalidInput, match="leme on CounterFact's records"):
+            Importer(FILE, form, target="alt")
+    first, second = imported([LEME, older], target="answers")[0]
+    assert "target" not in first.source
+    assert second.source.endswith(", target answers")
+    assert second.target_new == "Illinois Institute of Technology"
+    assert Importer(FILE, limit=1).target == ""
+
+
+def test_lemes_mirrored_opening_stays_aside():
+    """It is about the related entity, not about the subject."""
+    edit, _ = one(LEME)
+    [related] = LEME["coupled_prompts_and_properties"]["coupled_entities"]
+    assert json.loads(edit.extra)["coupled_prompts_and_properties"]["coupled_entities"] == [related]
+    assert related["coupled_prompt"] not in " ".join(edit.generation)
 
 
 def test_ripple_edits_are_cut_where_the_record_tells():
@@ -881,6 +928,19 @@ def test_files_that_are_not_there_are_told():
         for form in ("", "zsre"):
             with pytest.raises(InvalidInput, match="cannot be read"):
                 Importer(Path(name), form).look()
+
+
+def test_what_can_be_read_only_once_is_refused():
+    """A pipe is not waited for; a file of that odd name is one."""
+    os.mkfifo("pipe")
+    for name in ("pipe", "/dev/null", "-"):
+        for form in ("", "zsre"):
+            with pytest.raises(InvalidInput, match="is no regular file, and an import is read twice") as caught:
+                Importer(Path(name), form)
+            assert "save it to a file" in caught.value.hint
+    assert "no regular file" in str(run("import", "-", "-o", "x.toml").exception)
+    Path("-").write_text(json.dumps([cf()]))
+    assert Importer(Path("-")).look().edits == 1
 
 
 def test_a_line_is_where_a_record_begins_however_far_in_the_file(monkeypatch):
@@ -1293,18 +1353,43 @@ def test_strict_writes_nothing_when_a_record_is_refused():
     assert len(spec.load([Path("x.toml")])) == 1
 
 
-def test_files_are_not_replaced_unasked():
-    """Nor the parts of an earlier import."""
-    FILE.write_text(json.dumps([cf()]))
-    Path("x-001.toml").write_text("mine")
-    Path("x-01.toml").write_text("mine")
-    done = run("import", FILE, "-o", "x.toml")
+def test_files_are_neither_replaced_nor_deleted_unasked(monkeypatch):
+    """What is replaced is told apart from the parts of an earlier import that are deleted; --json names those too."""
+    FILE.write_text(json.dumps([cf(f"Ada {number}") for number in range(6)]))
+    monkeypatch.setattr("editctl.importers.work.MAX_EDITS", 2)
+    assert run("import", FILE, "-o", "x.toml").exit_code == 0
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    more = ("import", FILE, "-o", "x.toml", "--limit", "4")
+    done = run(*more)
     assert isinstance(done.exception, InvalidInput)
-    assert "x-001.toml would be replaced" in done.exception.message
-    assert "--yes" in done.exception.hint
-    assert Path("x-001.toml").read_text() == "mine"
-    assert run("import", FILE, "-o", "x.toml", "--yes").exit_code == 0
-    assert sorted(path.name for path in Path().iterdir()) == ["bench.json", "x-01.toml", "x.toml"]
+    told = "x-001.toml, x-002.toml would be replaced and x-003.toml would be deleted"
+    assert told in done.exception.message
+    assert "--yes to replace and delete" in done.exception.hint
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    questions = []
+    monkeypatch.setattr("editctl.cli_import.confirm", questions.append)
+    assert "deleted x-003.toml" in run(*more).stderr
+    assert questions == ["Replace x-001.toml, x-002.toml and delete x-003.toml?"]
+    lines = run(*more[:-1], "1", "--yes", "--json").stdout.splitlines()
+    assert [json.loads(line)["path"] for line in lines if '"deleted"' in line] == ["x-001.toml", "x-002.toml"]
+    assert sorted(path.name for path in Path().iterdir()) == ["bench.json", "x.toml"]
+
+
+def test_files_that_no_import_wrote_are_never_deleted(monkeypatch):
+    """Whatever their names, also within a series of parts; nor another import's of a number far off."""
+    FILE.write_text(json.dumps([cf(f"Ada {number}") for number in range(4)]))
+    monkeypatch.setattr("editctl.importers.work.MAX_EDITS", 1)
+    assert run("import", FILE, "-o", "x.toml").exit_code == 0
+    Path("x-2024.toml").write_bytes(Path("x-001.toml").read_bytes())
+    mine = "# my facts, imported as counterfactual thoughts\nversion = 1\n"
+    for name in ("x-003.toml", "x-01.toml", "x-2025.toml"):
+        Path(name).write_text(mine)
+    assert run("import", FILE, "-o", "x.toml", "--limit", "1", "--yes").exit_code == 0
+    kept = ["x-003.toml", "x-01.toml", "x-2024.toml", "x-2025.toml"]
+    assert sorted(path.name for path in Path().iterdir()) == ["bench.json", *kept, "x.toml"]
+    Path("x.toml").write_text(mine)
+    assert run("import", FILE, "-o", "x.toml", "--limit", "2", "--yes").exit_code == 0
+    assert {Path(name).read_text() for name in ("x.toml", "x-003.toml", "x-01.toml", "x-2025.toml")} == {mine}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ class Draft:
     portability: list[Asked] = field(default_factory=list)
     generation: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    aim: str = ""
+    """Which of zsRE's two targets this is; empty where there is no choice."""
     asides: list[Aside] = field(default_factory=list)
     others: list[Piece] = field(default_factory=list)
     """Of records that say the same."""
@@ -175,8 +177,14 @@ class Draft:
         if made is None:
             return
         wanted = made.prompt, tuple(made.answers)
-        self.home(prompt, lambda edit, value: value in getattr(edit, f"{where}_prompts"))
-        self.home(answer, lambda edit, value: _plainly(value) and wanted in said(edit, where))
+        self.home(prompt, lambda edit, value: self.alone(where, made) and value in getattr(edit, f"{where}_prompts"))
+        self.home(
+            answer, lambda edit, value: self.alone(where, made) and _plainly(value) and wanted in said(edit, where)
+        )
+
+    def alone(self, where: str, probe: Asked) -> bool:
+        """Whether no other probe becomes one with it: which said what would be in the edit no more."""
+        return sum(_one(where, other) == _one(where, probe) for other in getattr(self, where)) == 1
 
     def absorb(self, other: Draft) -> None:
         """Take over what another draft of the same edit asks, and its record."""
@@ -206,7 +214,8 @@ class Draft:
         table |= {"target_true": self.target_true, "tags": self.tags}
         table["paraphrases"] = self._prompts(self.paraphrases, asides)
         table["generation"] = self._prompts(self.generation, asides)
-        for name, probes in (("locality", _united(self.locality, asides)), ("portability", self.portability)):
+        for name in ("locality", "portability"):
+            probes = _united(name, getattr(self, name), asides)
             kept = [probe for probe in probes if self._holds_no_slot(probe.prompt, asides)]
             table[name] = [
                 {"prompt": slotted(probe.prompt, self.subject), "answer": [text.strip() for text in probe.answers]}
@@ -228,16 +237,23 @@ class Draft:
         return SLOT not in text
 
 
-def _united(probes: Sequence[Asked], asides: list[Aside]) -> list[Asked]:
+def _one(where: str, probe: Asked) -> tuple[str, ...]:
+    """What probes have in common that become one: the prompt; for portability, kind and group too."""
+    prompt = probe.prompt.strip()
+    return (prompt, probe.kind, probe.group) if where == "portability" else (prompt,)
+
+
+def _united(where: str, probes: Sequence[Asked], asides: list[Aside]) -> list[Asked]:
     """Probes of one prompt as one, with the answers of all."""
-    found: dict[str, Asked] = {}
+    found: dict[tuple[str, ...], Asked] = {}
     for probe in probes:
-        known = found.setdefault(probe.prompt.strip(), probe)
+        key = _one(where, probe)
+        known = found.setdefault(key, probe)
         if known is not probe:
             more = [text for text in probe.answers if text not in known.answers]
-            found[probe.prompt.strip()] = known._replace(answers=[*known.answers, *more])
+            found[key] = known._replace(answers=[*known.answers, *more])
             if not more:
-                asides.append(Aside("repeated", f"a locality probe stands there twice: {quoted(probe.prompt)}"))
+                asides.append(Aside("repeated", f"a {where} probe stands there twice: {quoted(probe.prompt)}"))
     return list(found.values())
 
 

@@ -87,6 +87,7 @@ def _wikibigedit(draft: Draft, _target: str) -> None:
 
 
 def _zsre(draft: Draft, target: str) -> None:
+    draft.aim = target
     answers = [text.strip() for text in draft.texts("answers")]
     first: Path = ("answers", 0) if isinstance(draft.value(("answers",)), list) else ("answers",)
     if target == ALT:
@@ -223,6 +224,11 @@ def _leme(draft: Draft, target: str) -> None:
         draft.generation.append(f"{opening.strip()}{tie}\n\n{draft.subject}")
 
 
+def aims(value: Any) -> bool:
+    """Whether a record of LEME is zsRE's, whose edit may aim at either target."""
+    return isinstance(value, dict) and "src" in value and _REWRITE not in value
+
+
 _COUPLED = ("coupled_prompts_and_properties", "dependancies")
 _TAILS = ("is associated with is", "is a member of is", "is the capital of is", "is part of is", "plays in is")
 _ENDS = (*_TAILS, "won is", "has is", "is followed by", "follows", "is", "are")
@@ -260,11 +266,11 @@ def _ripple(draft: Draft, _target: str) -> None:
                 said = [(answer.get("value"), answer.get("aliases")) for answer in _objects(query.get("answers"))]
                 made = Asked(draft.text(*at, "prompt"), list(flat([*map(list, said)])), _AXES[axis.lower()], group)
                 getattr(draft, where).append(made)
-                draft.home((*at, "prompt"), _prompted(where))
+                draft.home((*at, "prompt"), _prompted(draft, where, made))
 
 
-def _prompted(where: str) -> Callable[[Edit, Any], bool]:
-    return lambda edit, value: value in getattr(edit, f"{where}_prompts")
+def _prompted(draft: Draft, where: str, made: Asked) -> Callable[[Edit, Any], bool]:
+    return lambda edit, value: draft.alone(where, made) and value in getattr(edit, f"{where}_prompts")
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from editctl import amend, toml
 from editctl.errors import InvalidInput, Problem
 from editctl.files import PART, put_in_place
 from editctl.importers.draft import Aside, Draft, Piece, Refused, left
-from editctl.importers.formats import FORMATS, Format, Reading, detect
+from editctl.importers.formats import FORMATS, Format, Reading, aims, detect
 from editctl.importers.names import ALIASES, ALT, NAMES, WITH_TARGET, name_of
 from editctl.importers.stream import Record, records, unreadable
 from editctl.spec import LIMITS, MAX_EDITS, MAX_ITEMS, Edit, nearest, quoted, slug, visible
@@ -51,6 +52,8 @@ class Row:
 
 
 Tell = Callable[[Row], None]
+May = Callable[[list[Path], list[Path]], None]
+"""Told the files that will be replaced and those that will be deleted; raises if they may not."""
 
 
 @dataclass
@@ -98,17 +101,21 @@ class Importer:
     """One benchmark file.
 
     Raises:
-        InvalidInput: the file is of no known format, or of several.
+        InvalidInput: the file is no regular one, of no known format, or of several; or a target is named where none
+            can be chosen.
     """
 
     def __init__(self, path: Path, form: str = "", *, target: str = "", limit: int | None = None) -> None:
         self.path, self.limit = path, limit
         self.detected = not form
-        self.format = _named(form) if form else self._detected()
-        if target and self.format.name not in WITH_TARGET:
-            raise InvalidInput(f"--target is for zsRE, and {path} is {self.format.name}", "leave --target away")
-        self.target = (target or ALT) if self.format.name in WITH_TARGET else ""
         self.stamp = _stamp(path)
+        self.format = _named(form) if form else self._detected()
+        aimed = self._aims()
+        if target and not aimed:
+            told = self.format.name + (" on CounterFact's records" if self.format.name in WITH_TARGET else "")
+            raise InvalidInput(f"--target is for zsRE, and {path} is {told}", "leave --target away")
+        self.target = (target or ALT) if aimed else ""
+        """What edits of zsRE's records aim at; empty where there are none."""
         self.survey = Survey()
         self._prompts: dict[int, tuple[int, int, int]] = {}
         self._last: dict[int, int] = {}
@@ -164,8 +171,14 @@ class Importer:
                 yield edit
                 next_order += 1
 
-    def write(self, out: Path, tell: Tell = lambda row: None) -> list[tuple[Path, int]]:
+    def write(
+        self, out: Path, tell: Tell = lambda row: None, may: May = lambda replaced, deleted: None
+    ) -> list[tuple[Path, int]]:
         """Write all edits, and take away the parts of an earlier import of that name; all files or none.
+
+        Args:
+            tell: told what stayed aside.
+            may: asked when all is written but nothing in its place yet; what it raises leaves the files as they are.
 
         Returns:
             The files, with the number of edits in each.
@@ -179,11 +192,17 @@ class Importer:
             for edit in self.edits(tell):
                 parts.add(amend.table(edit))
             self._see_it_is_the_same()
-            return parts.put_in_place()
+            return parts.put_in_place(may)
 
     def _see_it_is_the_same(self) -> None:
         if _stamp(self.path) != self.stamp:
             raise InvalidInput(f"{self.path} changed while it was read", "import it again")
+
+    def _aims(self) -> bool:
+        """Whether there is a target to choose: LEME has CounterFact's records as well as zsRE's."""
+        if self.format.name != "leme":
+            return self.format.name in WITH_TARGET
+        return any(aims(record.value) for record in islice(records(self.path, _is_record), self.limit))
 
     def advice(self) -> str:
         """What to do when no record is an edit."""
@@ -318,25 +337,43 @@ class Importer:
         taken.add(hash(name))
         made = {
             "id": name,
-            "source": self._source(pieces, case),
+            "source": self._source(pieces, case, draft.aim),
             "extra": toml.canonical(extra) if extra else "",
         }
         return edit.model_copy(update=made), asides
 
-    def _source(self, pieces: Sequence[Piece], case: str) -> str:
+    def _source(self, pieces: Sequence[Piece], case: str, target: str) -> str:
         numbers = sorted({piece.record for piece in pieces})
         told = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
-        aim = f", target {self.target}" if self.target else ""
+        aim = f", target {target}" if target else ""
         one = f" (case {case})" if case and len(numbers) == 1 else ""
         return f"{visible(self.path.name, 200)}, record{'s'[: len(numbers) > 1]} {told}{one}{aim}"
 
 
+_HEAD = re.compile(rf"# .+, imported as ({'|'.join(map(re.escape, NAMES))})")
+"""The first line of what an import wrote."""
+
+
+def _part(out: Path, number: int) -> Path:
+    return out.with_name(f"{out.stem}-{number:03}.toml")
+
+
+def _imported(path: Path) -> bool:
+    """Whether an import wrote the file."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(2000)
+    except OSError:
+        return False
+    return _HEAD.fullmatch(first.decode(errors="replace").rstrip()) is not None
+
+
 def existing(out: Path) -> list[Path]:
-    """The files that an import of this name would replace."""
-    name = re.compile(rf"{re.escape(out.stem)}(-\d{{3,}})?\.toml")
-    with suppress(OSError):
-        return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name))
-    return []
+    """What an import of this name may replace or delete: the file, and parts from 001 on up to the first absent one."""
+    found = [out]
+    while (path := _part(out, len(found))).exists():
+        found.append(path)
+    return [path for path in found if path.exists()]
 
 
 class _Parts:
@@ -377,17 +414,18 @@ class _Parts:
             self.done[-1] = self.done[-1][0], self.count
         self.file, self.count = None, 0
 
-    def put_in_place(self) -> list[tuple[Path, int]]:
+    def put_in_place(self, may: May) -> list[tuple[Path, int]]:
         self._close()
-        old = existing(self.out)
         several = len(self.done) > 1
+        places = [_part(self.out, number) if several else self.out for number in range(1, len(self.done) + 1)]
+        deleted = [path for path in existing(self.out) if path not in places and _imported(path)]
+        may([path for path in places if path.exists()], deleted)
         placed = []
-        for number, (part, count) in enumerate(self.done, 1):
-            path = self.out.with_name(f"{self.out.stem}-{number:03}.toml") if several else self.out
+        for path, (part, count) in zip(places, self.done, strict=True):
             put_in_place(part, path)
             placed.append((path, count))
         self.done = []
-        for path in set(old) - {path for path, _ in placed}:
+        for path in deleted:
             path.unlink(missing_ok=True)
         return placed
 
@@ -447,5 +485,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # no path has a NUL
+        if str(path) == "-":
+            raise _passing(path) from error
         raise unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise _passing(path)
     return found.st_mtime_ns, found.st_size
+
+
+def _passing(path: Path) -> InvalidInput:
+    """What is said of a pipe, a terminal or a device."""
+    return InvalidInput(f"{path} is no regular file, and an import is read twice", "save it to a file, and name that")
