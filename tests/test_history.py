@@ -235,7 +235,7 @@ def stub_tune(model: Stub, layer: int, requests: Sequence[Any], *_: Any, project
     return update if projector is None else projector(update)
 
 
-def stub_ask(model: Model, asked: Sequence[Question], stage: str, emit: Any, recall: Any = None) -> Said:
+def stub_ask(model: Model, asked: Sequence[Question], stage: str, emit: Any, recall: Any = None, **more: Any) -> Said:
     """Stands in for `ask_all`: the weights' hash, and after a run the fact itself unless it is never said."""
     worn = model.weights_hash()
     words = {}

@@ -292,7 +292,7 @@ def test_what_is_no_gate_is_refused(
     [
         ("reliabilty = 0.5", ("there is no metric reliabilty", "did you mean reliability?")),
         ("reliability = 1.5", ("gate reliability = 1.5 is no share",)),
-        ('reliability = "high"', ("editctl.toml:4: gates: input should be a valid number",)),
+        ('reliability = "high"', ("editctl.toml:5: gates: input should be a valid number",)),
     ],
 )
 def test_what_is_no_gate_in_the_configuration_is_refused(

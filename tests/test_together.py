@@ -300,7 +300,7 @@ def assert_read(readings: Sequence[Any], versions: Sequence[Any], held: Sequence
     assert seen == sorted(seen) and seen[-1] == len(versions)
 
 
-@pytest.mark.parametrize("writers", [2, 8])
+@pytest.mark.parametrize("writers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_processes_that_apply_at_once_wait_for_each_other(
     crowd: Crowds, place: Path, folders: dict[str, Path], writers: int
 ) -> None:

@@ -184,7 +184,7 @@ IMPORTED = Edit(
 
 @given(edit=HOSTILE)
 @example(edit=IMPORTED)
-@settings(deadline=None, max_examples=5, derandomize=True)
+@settings(deadline=None, max_examples=3, derandomize=True)
 def test_saving_one_change_changes_nothing_else(tmp_path_factory, edit):
     """Whatever the other fields hold."""
     folder = tmp_path_factory.mktemp("form")

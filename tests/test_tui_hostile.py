@@ -38,7 +38,8 @@ from editctl.tui.rows import RowList, fit
 from editctl.tui.specs import SpecsPlace
 
 SAMPLES = Path(os.environ.get("EDITCTL_SAMPLES", Path(__file__).parents[1] / "../shared/data")) / "malformed"
-SIZES = [WIDE, NARROW]
+# The narrow screen shows a part of what the wide one does, from the same views.
+SIZES = [WIDE, pytest.param(NARROW, marks=pytest.mark.slow)]
 MARKUP = "[red]{}[/red][@click=app.quit]q[/][link=https://e.vil]z[/link]漢\\[b]"
 """What a valid field may hold."""
 RAW = "\x1b[31m{}\u202e[red]z[/red]\x1b]8;;https://e.vil\x07w\x1b[0m\x9b2J\u200b\r\x08"
