@@ -277,6 +277,7 @@ def few_facts() -> Knowledge:
     return Knowledge((*capitals, *hops), known.ordinary[:40])
 
 
+@pytest.mark.slow
 def test_a_short_training_learns_and_can_be_repeated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The loss of answers falls; the same seed gives the same weights, another seed others; they save and load."""
     model, tokenizer = train.train(SMALL, few_facts(), log_every=39)

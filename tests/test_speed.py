@@ -45,8 +45,8 @@ def one_by_one(model: Model, asked: list[Question]) -> dict[Question, str]:
 
 @pytest.mark.timing
 def test_asking_together_is_eight_times_as_fast_as_record_by_record() -> None:
-    """Of records with ten neighbours each, on the built-in model; both say the same. The better of two runs counts,
-    for a busy machine slows small passes and large ones unlike."""
+    """Of records with ten neighbours each, on the built-in model; both say the same. A second run is made only
+    where a busy machine slowed the first: it slows small passes and large ones unlike."""
     model = load("atlas", device="cpu")
     made, kept = sequential.make(RECORDS, 300, 0)
     pool, rng = [q for some in kept.values() for q in some], random.Random(0)
@@ -64,6 +64,8 @@ def test_asking_together_is_eight_times_as_fast_as_record_by_record() -> None:
         ratios.append((ended - middle) / len(few) / ((middle - begun) / len(asked)))
         same = sum(apart[q].split(".")[0].strip() == together.words[q] for q in few)
         assert same > 0.98 * len(few), f"{same} of {len(few)}"
+        if ratios[-1] >= 8:
+            break
     told = " and ".join(f"{ratio:.1f}" for ratio in ratios)
     print(f"{len(asked)} prompts of {RECORDS} records: {told} times as fast as one after the other")
     assert max(ratios) >= 8

@@ -278,6 +278,7 @@ def test_the_study_of_methods_has_a_row_a_method_as_it_is_shipped(study: Rows, o
     ]
 
 
+@pytest.mark.slow
 def test_the_study_of_subjects_has_a_row_a_target_and_order(study: Rows, few_words: None) -> None:
     """Shared or one each, both facts of a subject in one batch or the second in a later one; whatever size is asked
     for, pairs are not parted in the one and all are in the other."""
