@@ -31,7 +31,7 @@ STEPS: list[Step] = [
         "This page is a recording: `python docs/tutorial.py` plays it in tmux on the built-in model and writes down "
         "what the screen shows. Follow it in an empty folder; it takes about two minutes.\n\n"
         "    mkdir facts\n    cd facts\n    editctl\n\n"
-        "The line at the top has the six places, `1` to `6`. The line at the bottom has the keys of the place; a dim "
+        "The line at the top has the seven places, `1` to `7`. The line at the bottom has the keys of the place; a dim "
         "key cannot be used now and says why when it is pressed. `?` explains all of them, `ctrl+p` finds them by "
         "name, `esc` leaves whatever is open.",
         [],
