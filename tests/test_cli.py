@@ -969,8 +969,12 @@ def test_a_mistake_is_answered_with_a_message_and_a_code(
 
 
 @pytest.mark.timing
-def test_an_unknown_model_is_refused_in_one_line_and_soon(new: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_refused_in_one_line_and_soon(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a network it takes less than two and a half seconds beside the imports, which the first call pays."""
+    monkeypatch.chdir(tmp_path)
+    spec("tower.toml", TOWER)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for host in ("https://unresolvable.invalid", "http://192.0.2.1:81"):  # a reserved name, an address that is silent
         monkeypatch.setenv("HF_ENDPOINT", host)
