@@ -19,11 +19,12 @@ import click
 from editctl import talk
 from editctl.errors import EditctlError, InvalidInput
 from editctl.flags import as_json, from_flags, from_writer
-from editctl.metrics.effects import AVERAGES, KINDS, SAMPLES, TRACE, Case, Proposal, Summary, Trace, summary
+from editctl.metrics.kinds import KINDS, SAMPLES
 from editctl.workspace import Workspace
 
 if TYPE_CHECKING:
     from editctl.events import Emit
+    from editctl.metrics.effects import Case, Proposal, Summary, Trace
     from editctl.spec import Edit
     from editctl.store import Store, Version
 
@@ -107,6 +108,8 @@ def trace(
     keeper = _Keeper(store, version, lock_timeout, {"model": space.config.model, "base": space.source()[1]})
     if as_json:
         talk.lines()
+    from editctl.metrics.effects import AVERAGES, TRACE, summary
+
     traces: list[Trace] = []
     options: dict[str, Any] = {"samples": samples, "window": window, "seed": seed, "kinds": kinds or KINDS}
     with _emitting(as_json) as emit:
@@ -150,6 +153,7 @@ def _case(what: Sequence[str], subject: str | None, answer: str | None) -> Case:
     Raises:
         InvalidInput: it does not say what its subject is, or there is no prompt.
     """
+    from editctl.metrics.effects import Case
     from editctl.spec import quoted
 
     if len(what) != 1:
@@ -188,6 +192,7 @@ def _chosen(edits: Sequence[Edit], ids: Sequence[str]) -> list[Edit]:
 
 def _of_edit(edit: Edit) -> Case:
     """The prompt of an edit, its subject corrupted."""
+    from editctl.metrics.effects import Case
     from editctl.spec import SLOT
 
     start = edit.relation.index(SLOT)

@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from editctl.metrics.intervals import mean_interval
+from editctl.metrics.kinds import ATTENTION as ATTENTION
+from editctl.metrics.kinds import KINDS as KINDS
+from editctl.metrics.kinds import MLP as MLP
+from editctl.metrics.kinds import SAMPLES as SAMPLES
+from editctl.metrics.kinds import STATE as STATE
 
-STATE, MLP, ATTENTION = KINDS = ("state", "mlp", "attention")
-"""What can be restored: a block's output at one token, or what the MLPs or attention of a window of blocks write."""
 FIRST, MIDDLE, SUBJECT, NEXT, FURTHER, LAST = ROLES = (
     "first subject token",
     "middle subject tokens",
@@ -33,8 +36,6 @@ BEFORE = "before"
 """The role of tokens before the subject, where nothing is corrupted and nothing can be restored."""
 TRACE, AVERAGES = "trace", "trace averages"
 """Kinds of evidence in a store: one prompt's trace, and what those of one command add up to."""
-SAMPLES = 10
-"""Draws of noise that p(corrupted) and p(restored) are means over."""
 WINDOW, OF_BLOCKS, LEAST_WINDOW = 10, 48, 3
 """ROME restores MLPs and attention in windows of 10 of GPT-2 XL's 48 blocks. A shallower model gets the same share of
 its blocks, but at least 3."""
