@@ -182,7 +182,7 @@ def test_files_are_replaced_only_when_that_was_asked(folder: Path) -> None:
         await screen.press("ctrl+s")
         await calm(screen)
         await screen.until(lambda: isinstance(screen.app.screen, Question), "the question")
-        await screen.shows("Replaced, with the 0 edits in it: specs/bench.toml")
+        await screen.shows("Replaced or deleted, with the 0 edits in it: specs/bench.toml")
         Path("bench.json").write_text(json.dumps(RECORDS[:1]))
         await screen.press("y")
         await calm(screen)

@@ -113,10 +113,10 @@ class Checks:
 
     def _of_written(self, texts: Sequence[tuple[Edit, str | None]]) -> list[Metric]:
         found = self._of_some(fluency.fluency([said for _, said in texts]))
-        alike = []
-        for edit in self._edits:
-            mine = [said for other, said in texts if other is edit]
-            alike.append(consistency.resemblance(mine, edit.references))
+        by_edit: dict[str, list[str | None]] = {}
+        for edit, said in texts:
+            by_edit.setdefault(edit.id, []).append(said)
+        alike = [consistency.resemblance(by_edit.get(edit.id, ()), edit.references) for edit in self._edits]
         return found + self._of_some(consistency.consistency(alike))
 
     def _of_some(self, metric: Metric | None) -> list[Metric]:

@@ -59,12 +59,6 @@ def make(edits: int, unrelated: int, seed: int) -> tuple[list[Edit], dict[str, l
     return made, {UNRELATED: _stay(others), SAME_SUBJECT: _stay(same)}
 
 
-def ordinary() -> list[str]:
-    """Ordinary sentences without facts, ten a text: what perplexity is measured on."""
-    sentences = knowledge.load().ordinary
-    return [" ".join(sentences[start : start + 10]) for start in range(0, len(sentences), 10)]
-
-
 def _stay(facts: list[Fact]) -> list[Question]:
     """Each fact asked in one phrasing atlas never saw for it."""
     return [Question("", LOCALITY, fill(fact.asked[0], fact.subject), (fact.object,)) for fact in facts]

@@ -21,29 +21,18 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from editctl.importers.names import NAMES, TARGETS
+from editctl.importers.work import Row
 from editctl.plan import count
 from editctl.spec import visible
 from editctl.tui.place import plain
 from editctl.tui.rows import Column, Finder, RowList
 
 
-@dataclass(frozen=True)
-class Row:
-    """A record that is not imported, or something of one that stays aside."""
-
-    record: int
-    line: int
-    case: str
-    reason: str
-    message: str
-    aside: bool
-
-    @property
-    def told(self) -> str:
-        """All that is said of it."""
-        case = f" (case {self.case})" if self.case else ""
-        kept = "kept under extra: " if self.aside else ""
-        return f"record {self.record}{case}, line {self.line}: {kept}{self.message}"
+def told(row: Row) -> str:
+    """All that is said of a record that is not imported, or of what stays aside."""
+    case = f" (case {row.case})" if row.case else ""
+    kept = "kept under extra: " if row.aside else ""
+    return f"record {row.record}{case}, line {row.line}: {kept}{row.message}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +142,7 @@ class Findings(Vertical):
             Column("what", lambda row: (row.message, "plain"), share=3),
         ]
         yield Static(id="words", markup=False)
-        yield Finder(RowList(columns, "", lambda row: (row.record, row.message)), lambda row: row.told.casefold())
+        yield Finder(RowList(columns, "", lambda row: (row.record, row.message)), lambda row: told(row).casefold())
         yield Static(id="chosen", markup=False)
 
     def show(self, words: Text, rows: list[Row] | None = None) -> None:
@@ -167,7 +156,7 @@ class Findings(Vertical):
     @on(RowList.Moved)
     def _chosen(self) -> None:
         row = self.query_one(RowList).chosen
-        self.query_one("#chosen", Static).update(Text(visible(row.told, 1000) if row else ""))
+        self.query_one("#chosen", Static).update(Text(visible(told(row), 1000) if row else ""))
 
 
 class Outcome(ModalScreen[None]):

@@ -353,7 +353,7 @@ class ImportForm(Tells, ModalScreen[Found | None]):
         if old:
             edits = sum(item.edit.file in map(str, old) for item in self.desk.specs.items)
             shown = ", ".join(visible(str(path), 200) for path in old[:3]) + (" …" if len(old) > 3 else "")
-            body.append(f"\n\nReplaced, with the {count(edits, 'edit')} in it: {shown}", "bold red")
+            body.append(f"\n\nReplaced or deleted, with the {count(edits, 'edit')} in it: {shown}", "bold red")
         title = f"Write {count(found.edits, 'edit')} to {visible(str(into), 200)}?"
         if await self.app.push_screen_wait(Question(title, body)) is None or self._known is not found:
             return
