@@ -24,6 +24,7 @@ from editctl import (
     cli_measure,
     cli_review,
     cli_trace,
+    cli_train,
     cli_tui,
     talk,
 )
@@ -100,8 +101,8 @@ def schema() -> None:
 @as_json
 @click.pass_obj
 def methods(space: Workspace, /, as_json: bool) -> None:
-    """List the editing methods, and the settings of the one in use."""
-    from editctl import report
+    """List the editing methods, the settings of the one in use, and what was trained for the model."""
+    from editctl import artifacts, report
     from editctl.engine import source
     from editctl.engine.methods import METHODS, settings
 
@@ -110,12 +111,16 @@ def methods(space: Workspace, /, as_json: bool) -> None:
         return
     talk.show(report.methods_view(list(METHODS.values())))
     click.echo("\nSettings of the default method on the model in use; change them with --set or under [settings]:")
-    folder, _ = space.source()
+    folder, base = space.source()
     made = settings(source.configuration(folder), space.config.method, space.config.settings)
     for name, value in made.named().items():
         click.echo(f"  {name:15s} {json.dumps(value)}")
     space_rule = made.null_space
     click.echo(f"  {'preserve':15s} " + (f"{space_rule.rule} {space_rule.value:g}" if space_rule else "none"))
+    if trained := artifacts.found(space.store().artifacts_dir, base=base):
+        click.echo("\nTrained files for the model in use, newest first:")
+    for one in trained:
+        click.echo(f"  {report.trained_line(one)}")
 
 
 @cli.command()
@@ -272,7 +277,7 @@ def info(space: Workspace, /, as_json: bool, **flags: Any) -> None:
         click.echo(f"{name:14s} {visible(value, 10_000)}")
 
 
-for _rooms in (cli_ask, cli_measure, cli_trace, cli_history, cli_review, cli_care, cli_export, cli_tui):
+for _rooms in (cli_ask, cli_measure, cli_trace, cli_train, cli_history, cli_review, cli_care, cli_export, cli_tui):
     for _verb in _rooms.verbs:
         cli.add_command(_verb)
 for _group in (model_group, study_group):

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import click
@@ -22,7 +22,8 @@ from editctl.flags import as_json, from_flags
 from editctl.workspace import Workspace
 
 if TYPE_CHECKING:
-    from editctl.engine.model import Model
+    from editctl.engine.model import Editing, Model
+    from editctl.engine.overlay import Hit
     from editctl.store import Store, Version
 
 MAX_BYTES, MAX_PROMPTS, MAX_WANTED, MAX_TOP, MAX_REF = 10_000_000, 10_000, 100, 50, 100
@@ -38,6 +39,13 @@ class _Said(NamedTuple):
     """The likeliest next tokens."""
     probabilities: list[float]
     """Of each wanted answer."""
+    hit: Hit | None
+    """The entry of an overlay that answered."""
+
+    @property
+    def answered_by(self) -> dict[str, Any] | None:
+        """The hit as JSON values."""
+        return asdict(self.hit) if self.hit else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class _Request:
 @click.argument("prompt", required=False)
 @click.argument("refs", nargs=-1)
 @click.option("--top", type=click.IntRange(1, MAX_TOP), default=3, help="How many next tokens to show.")
+@click.option("--sent", is_flag=True, help="Show what is read instead of the prompt where an overlay says so.")
 @click.option("--stdin", "from_stdin", is_flag=True, help="Answer requests, one JSON object a line, until their end.")
 @as_json
 @from_flags
@@ -65,13 +74,15 @@ def ask(
     prompt: str | None,
     refs: tuple[str, ...],
     top: int,
+    sent: bool,
     from_stdin: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
     """Ask the model, base and head side by side or at the versions named.
 
-    With --stdin it is loaded once, at the first request, and each line of standard input is answered with one line.
+    Where overlays lie over a version's weights, the edit that answered is named. With --stdin the model is loaded once,
+    at the first request, and each line of standard input is answered with one line.
     """
     space = space.with_flags(**flags)
     if from_stdin and prompt is not None:
@@ -81,10 +92,10 @@ def ask(
     elif prompt is None:
         raise click.UsageError("Missing argument 'PROMPT' (or --stdin, which reads requests).")
     else:
-        _ask_once(space, _text(prompt), refs, top, as_json)
+        _ask_once(space, _text(prompt), refs, top, sent, as_json)
 
 
-def _ask_once(space: Workspace, prompt: str, refs: tuple[str, ...], top: int, as_json: bool) -> None:
+def _ask_once(space: Workspace, prompt: str, refs: tuple[str, ...], top: int, sent: bool, as_json: bool) -> None:
     """Ask one prompt and show the answers side by side."""
     from editctl import report
 
@@ -96,33 +107,54 @@ def _ask_once(space: Workspace, prompt: str, refs: tuple[str, ...], top: int, as
     model = space.made_for([version for _, version in versions]).load()
     from editctl.engine import wear
 
-    found: list[tuple[str, str, _Said]] = []
+    found: list[tuple[str, str, list[str], _Said]] = []
     for ref, version in versions:
-        with wear.wearing(model, store, version):
-            found.append((ref, version.id if version else "", _say(model, [prompt], [[]], top)[0]))
+        with wear.wearing(model, store, version) as editing:
+            said = _say(model, [prompt], [[]], top)[0]
+            found.append((ref, version.id if version else "", _overlays(editing), said))
     if as_json:
-        rows = [
-            {"type": "answer", "ref": r, "version": v, "text": said.text, "next": said.following, "prompt": prompt}
-            for r, v, said in found
-        ]
+        rows = []
+        for ref, name, overlays, said in found:
+            row = {"type": "answer", "ref": ref, "version": name, "text": said.text, "next": said.following}
+            rows.append({**row, "prompt": prompt, "overlays": overlays, "hit": said.answered_by})
         talk.lines(*rows)
         return
-    for ref, name, said in found:
+    for ref, name, overlays, said in found:
         likely = "  ".join(f"{report.safe(token, 30)} {100 * p:.1f} %" for token, p in said.following)
         click.echo(f"{report.safe(ref)} ({report.short(name)}): {report.safe(said.text)}")
         click.echo(f"    next: {likely}")
+        if overlays:
+            click.echo(f"    {_hit_line(said.hit)}")
+        if sent and said.hit and said.hit.sent not in ("", prompt):
+            # A mark before each line, so that none can pass for one of ours.
+            for line in said.hit.sent.split("\n"):
+                click.echo(f"    | {report.safe(line)}")
+
+
+def _overlays(editing: Editing) -> list[str]:
+    """The kinds of overlay that a version has, in the order in which they were laid."""
+    return list(dict.fromkeys(overlay.kind for overlay in editing.overlays))
+
+
+def _hit_line(hit: Hit | None) -> str:
+    """Which edit of an overlay answered, and how sure it is that it was asked about."""
+    from editctl import report
+
+    if hit is None:
+        return "no hit"
+    return f"memory hit: edit {report.safe(hit.edit, 200)} ({report.safe(hit.kind, 30)}, score {hit.score:.2f})"
 
 
 def _say(model: Model, prompts: Sequence[str], wanted: Sequence[Sequence[str]], top: int) -> list[_Said]:
     """What the model as it is says to prompts."""
-    from editctl.engine import speak
+    from editctl.engine import families, speak
 
     words = speak.answers(model, prompts)
     following = speak.next_tokens(model, prompts, top) if top else [[] for _ in prompts]
     pairs = [(prompt, answer) for prompt, answers in zip(prompts, wanted, strict=True) for answer in answers]
     found = iter(score.probability for score in speak.scores(model, pairs))
     chances = [[next(found) for _ in answers] for answers in wanted]
-    return list(map(_Said, words, following, chances))
+    return list(map(_Said, words, following, chances, families.hits(model, prompts)))
 
 
 def _text(text: str) -> str:
@@ -143,6 +175,8 @@ class _Speaker:
         self._store = store
         self._worn = worn
         self._wearing: str | None = None
+        self._overlays: list[str] = []
+        """Kinds of the version that is on."""
         self._model: Model | None = None
         self._base = ""
         """Content of the model that is loaded."""
@@ -161,14 +195,20 @@ class _Speaker:
 
         if self._wearing != name:
             self._take_off()
-            self._worn.enter_context(wear.wearing(model, self._store, version))
+            self._overlays = _overlays(self._worn.enter_context(wear.wearing(model, self._store, version)))
             self._wearing = name
         said = zip(request.prompts, _say(model, request.prompts, request.wanted, request.top), strict=True)
         answers = [
-            {"prompt": prompt, "text": one.text, "next": one.following, "probabilities": one.probabilities}
+            {
+                "prompt": prompt,
+                "text": one.text,
+                "next": one.following,
+                "probabilities": one.probabilities,
+                "hit": one.answered_by,
+            }
             for prompt, one in said
         ]
-        return {"ref": request.ref, "version": name, "answers": answers}
+        return {"ref": request.ref, "version": name, "overlays": self._overlays, "answers": answers}
 
     def _loaded(self, version: Version | None) -> Model:
         """The model that a version can be asked on; the unedited one is asked in the dtype that is there."""

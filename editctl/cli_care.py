@@ -40,7 +40,7 @@ def verify(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Check the store: database, records, factor files, and every version's weights against a rebuild.
+    """Check the store: database, records, factor and trained files, and every version's weights against a rebuild.
 
     Nothing is changed without --repair. The exit code is 1 if something is wrong and was not mended.
     """
@@ -108,7 +108,7 @@ def _not_rebuilt(space: Workspace, store: Store) -> Iterator[Fault]:
 @as_json
 @click.pass_obj
 def gc(space: Workspace, /, lock_timeout: int, as_json: bool) -> None:
-    """Remove files that no version refers to; interrupted runs leave some."""
+    """Remove files that no version refers to; interrupted runs leave some. What was trained stays."""
     from editctl.plan import count
     from editctl.spec import visible
     from editctl.store import care
@@ -145,9 +145,7 @@ def backup(space: Workspace, /, folder: str, as_json: bool) -> None:
     if as_json:
         talk.lines({"type": "backup", "folder": folder, "files": copied})
     else:
-        click.echo(
-            f"Copied the store to {visible(folder, 10_000)}: its database and {count(copied, 'new factor file')}."
-        )
+        click.echo(f"Copied the store to {visible(folder, 10_000)}: its database and {count(copied, 'new file')}.")
 
 
 verbs = (verify, gc, backup)

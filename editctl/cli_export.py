@@ -40,7 +40,8 @@ def export_(space: Workspace, /, ref: str, out: str, form: str, rank: int | None
     """Write a version as other programs load it; it is read back and compared before success is said.
 
     merged: an ordinary Hugging Face folder. peft: a LoRA adapter made of the factors themselves. delta: the factor
-    files with all that is recorded, for `editctl import delta` in another workspace.
+    files, what was trained for them and all that is recorded, for `editctl import delta` in another workspace; edits
+    that lie over the weights can go no other way.
     """
     from editctl import report
 
@@ -56,12 +57,14 @@ def export_(space: Workspace, /, ref: str, out: str, form: str, rank: int | None
     folder = Path(out)
     record = _record(store, version) if version else None
     if form == export.DELTA and record is not None:
-        written = export.bundle(record, store.deltas_dir, folder)
+        written = export.bundle(record, store.deltas_dir, store.artifacts_dir, folder)
     else:
         from editctl.engine.wear import deltas_of
 
+        deltas = deltas_of(store, version)
+        export.check_weights_alone(deltas, record)
         space = space.made_for([version])
-        model, deltas = space.load(), deltas_of(store, version)
+        model = space.load()
         if form == export.PEFT and record is not None:
             written = export.adapter(model, deltas, folder, record, rank=rank)
         else:

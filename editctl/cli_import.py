@@ -265,11 +265,13 @@ def delta(asked: Asked, /, folder: str) -> None:
     """Take over a version that `export --format delta` wrote in another workspace.
 
     It must be made for the same model, and for the unedited one or on top of what the head has. Its weights are
-    rebuilt and compared, its prompts are asked here, and it is held to the gates like any other.
+    rebuilt and compared, its prompts are asked here, and it is held to the gates like any other. What was trained for
+    it comes with it, and later edits here may be made with that too.
     """
     from editctl import export, report
     from editctl import plan as plan_room
     from editctl.delta import load
+    from editctl.store import care
 
     space, store = asked.space, asked.space.store()
     record = export.read_bundle(Path(folder))
@@ -301,11 +303,17 @@ def delta(asked: Asked, /, folder: str) -> None:
         )
         if not plan.changes:
             raise InvalidInput("the head has all of this already", "`editctl show` lists its edits")
+        if len(plan.of(plan_room.ADD, plan_room.REPLACE)) < len(new):
+            raise StoreError(
+                "some of the version's edits are live already, in other batches",
+                "`editctl restore base` first, or apply its edits from specs",
+            )
         if not asked.as_json:
             talk.say(report.plan_view(plan))
         if not asked.yes:
             confirm("Take these edits over?")
         given = tuple(load(name, Path(folder) / export.DELTAS) for name in record.deltas[len(below) :])
+        care.take_in(store, [Path(folder) / export.TRAINED / f"{name}.safetensors" for name in record.trained])
         space = space.with_flags(dtype=made.dtype.removeprefix("torch."))
         carry_out(
             space,

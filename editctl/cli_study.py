@@ -86,9 +86,9 @@ class _Study:
         self._as_json: bool = given.pop("as_json")
         self._out: Path | None = given.pop("out", None)
         drawn = {key: given.pop(key) for key in _OF_MATTER if key in given}
-        self._space, self._name = space.with_flags(**given), name
-        self.matter: Matter = session.matter(self._space, made=made, **drawn)
-        self.settings: Callable[..., Settings] = session.settings_maker(self._space)
+        self.space, self._name = space.with_flags(**given), name
+        self.matter: Matter = session.matter(self.space, made=made, **drawn)
+        self.settings: Callable[..., Settings] = session.settings_maker(self.space)
 
     def trial(
         self, settings: Settings, batch: int, *, every: int = 0, labels: Mapping[str, object] | None = None
@@ -126,7 +126,7 @@ class _Study:
         from editctl import report
         from editctl.studies import session, tables
 
-        config = session.about(self._space, self._name, self.matter, trials, **more)
+        config = session.about(self.space, self._name, self.matter, trials, **more)
         results: list[Result] = []
 
         def asked_for() -> Iterable[Trial]:
@@ -140,7 +140,7 @@ class _Study:
             talk.lines()
         with report.showing_run(report.console(stderr=True)) as emit:
             for result in session.results(
-                self._space, config, self.matter, asked_for(), self._out, emit, total=total, lenient=lenient
+                self.space, config, self.matter, asked_for(), self._out, emit, total=total, lenient=lenient
             ):
                 results.append(result)
                 for row in result.rows() if self._as_json else ():
@@ -187,10 +187,10 @@ class _Study:
         from editctl import report
         from editctl.studies import session, timing
 
-        config = session.about(self._space, self._name, self.matter, [], repeat=repeat, batches=list(batches))
+        config = session.about(self.space, self._name, self.matter, [], repeat=repeat, batches=list(batches))
         config["trials"] = [one.to_params() for one in settings]
         with report.showing_run(report.console(stderr=True)) as emit:
-            spent = timing.measure(self._space, self.matter.edits, settings, batches, repeat, self._out, config, emit)
+            spent = timing.measure(self.space, self.matter.edits, settings, batches, repeat, self._out, config, emit)
         rows = timing.rows(spent)
         if self._as_json:
             talk.lines(*({"type": "row", **row} for row in rows))
@@ -232,11 +232,59 @@ def sequential(
 @_compared
 @click.pass_obj
 def study_methods(space: Workspace, /, batches: tuple[int, ...], names: tuple[str, ...], **given: Any) -> None:
-    """One set of specs under every method as it is shipped, in sequential batches."""
+    """One set of specs under every method as it is shipped, in sequential batches; those that read a trained file
+    where they are named."""
     from editctl.engine.methods import METHODS
 
     one = _Study(space, "methods", 300, given)
-    one.run([one.trial(one.settings(name), batch) for batch in batches or (20,) for name in names or METHODS])
+    chosen = names or [name for name, method in METHODS.items() if not method.trained]
+    one.run([one.trial(one.settings(name), batch) for batch in batches or (20,) for name in chosen])
+
+
+@study.command("families")
+@click.option("--edits", type=click.IntRange(1), default=100, show_default=True, help="Held-out edits, one a subject.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, help="Edits written together (default 20).")
+@click.option("--every", type=click.IntRange(1), help="Edits from one point of the curves to the next.")
+@click.option("--unrelated", type=click.IntRange(0), default=200, help="Facts of other subjects that should stay.")
+@click.option(
+    "--alone", is_flag=True, help="Each batch (default 1) on the unedited model, instead of one after another."
+)
+@click.option("--seed", type=int, default=0, help="Which made-up edits; that of the trainings.")
+@_kept
+@_compared
+@click.pass_obj
+def study_families(
+    space: Workspace, /, batches: tuple[int, ...], every: int | None, alone: bool, names: tuple[str, ...], **given: Any
+) -> None:
+    """Every method of every family on the same edits, of subjects that no training has seen: the methods that read a
+    trained file with the newest of the store (`editctl train`), and how long that took."""
+    from dataclasses import replace
+
+    from editctl import artifacts
+    from editctl.engine.methods import METHODS, find
+    from editctl.studies import session
+
+    chosen = names or tuple(METHODS)
+    drawn = {key: given.pop(key) for key in ("edits", "unrelated", "seed")}
+    one = _Study(space, "families", 1, {**given, "edits": 1})
+    about = {key: given[key] for key in ("checks", "texts")}
+    one.matter = session.unseen(one.space, chosen, **drawn, **about)
+    trained = {found.content: found.about for found in artifacts.found(one.space.store().artifacts_dir)}
+
+    def labels(settings: Settings) -> dict[str, object]:
+        method = find(settings.method)
+        seconds = trained[settings.artifact]["seconds"] if method.trained else 0
+        return {"family": method.family, "changes": method.changes, "drop": method.drop, "trained, s": f"{seconds:.0f}"}
+
+    one.run(
+        [
+            replace(one.trial(made, batch, every=every or 0, labels=labels(made)), alone=alone)
+            for batch in batches or (1 if alone else 20,)
+            for made in map(one.settings, chosen)
+        ],
+        every=every,
+        alone=alone,
+    )
 
 
 @study.command("projection")
@@ -246,7 +294,8 @@ def study_methods(space: Workspace, /, batches: tuple[int, ...], names: tuple[st
 @_compared
 @click.pass_obj
 def study_projection(space: Workspace, /, batches: tuple[int, ...], names: tuple[str, ...], **given: Any) -> None:
-    """Every method with and without null-space preservation, in sequential batches."""
+    """Every method with and without null-space preservation, in sequential batches; those that read a trained file
+    where they are named."""
     from editctl.engine.methods import METHODS, PRESERVE
 
     one = _Study(space, "projection", 300, given)
@@ -254,7 +303,8 @@ def study_projection(space: Workspace, /, batches: tuple[int, ...], names: tuple
         [
             one.trial(one.settings(name, preserve=switch), batch)
             for batch in batches or (20,)
-            for name in names or METHODS
+            for name in names
+            or [name for name, method in METHODS.items() if method.preservation and not method.trained]
             for switch in PRESERVE
         ]
     )

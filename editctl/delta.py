@@ -7,11 +7,13 @@ factor), one column or row a place a fact is looked up at; edits of one subject 
 always in the Linear orientation (d_out × d_in), is R·A. Three kinds of method do more to a matrix, and pay for it in
 bytes:
 
-- `left`·`right` (d_out × m, m × d_in), added to R·A: singular values that PRUNE takes back. Thin.
+- `left`·`right` (d_out × m, m × d_in), added to R·A, or in its place where A has no rows: singular values that PRUNE
+  takes back, a gradient's terms, a low-rank adapter. Thin.
 - `mask`, one bit an entry of the matrix, 1/32 of its fp32 size: entries that RECT leaves alone.
 - `dense` (d_out × d_in), in place of all of the above: fine-tuning, and whatever is projected after its solve.
 
-All numbers are fp32.
+All numbers are fp32. A batch of a method that leaves the weights alone has an overlay instead: one entry an edit, of
+texts, numbers and rows of tensors, and the name of the trained file that reads them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from torch import Tensor
 from editctl.errors import StoreError
 from editctl.files import digest_of, write_atomically
 
-FORMAT = 1
+FORMAT, OVERLAID = 1, 2
+"""Formats of a file without and with an overlay; who knows only the first must not take the second for nothing."""
+_OVERLAY = "overlay/"
+"""What the names of an overlay's tensors begin with; no module's does."""
 METADATA = "editctl"
 """The one key of a file's metadata."""
 
@@ -61,6 +66,14 @@ class Factors:
         return self.residuals.shape[0], self.keys.shape[0]
 
     @property
+    def terms(self) -> list[tuple[Tensor, Tensor]]:
+        """Products, d_out × r and r × d_in each, that add up to the update, before any mask; none when it is dense."""
+        if self.dense is not None:
+            return []
+        found = [(self.residuals, self.factor)] if len(self.factor) else []
+        return found if self.left is None or self.right is None else [*found, (self.left, self.right)]
+
+    @property
     def kind(self) -> str:
         """`thin`, `sparse` or `dense`."""
         return "dense" if self.dense is not None else "sparse" if self.mask is not None else "thin"
@@ -78,9 +91,9 @@ class Factors:
         """The update times a matrix (d_in × m), d_out × m."""
         if self.kind != "thin":
             return self.update().to(tall) @ tall
-        product = self.residuals @ (self.factor @ tall)
-        if self.left is not None and self.right is not None:
-            product = product + self.left @ (self.right @ tall)
+        product = tall.new_zeros(self.shape[0], tall.shape[1])
+        for left, right in self.terms:
+            product = product + left @ (right @ tall)
         return product
 
     def norm(self) -> float:
@@ -141,8 +154,48 @@ def _whole(keys: Tensor, residuals: Tensor, parts: Sequence[Factors]) -> Factors
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """What a batch lays over the weights instead of changing them."""
+
+    kind: str
+    """Which of `engine.overlay.KINDS` reads it."""
+    entries: tuple[Mapping[str, Any], ...]
+    """What is kept of each edit, as JSON values; `id` is the edit's."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Row i of each belongs to entry i."""
+    artifact: str = ""
+    """Content name of the trained file that is needed beside, "" for none."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it is read, as JSON values."""
+
+    def only(self, chosen: Sequence[int]) -> Overlay:
+        """The overlay with these entries alone."""
+        rows = {name: tensor[list(chosen)] for name, tensor in self.tensors.items()}
+        return replace(self, entries=tuple(self.entries[i] for i in chosen), tensors=rows)
+
+    def joined(self, other: Overlay) -> Overlay:
+        """The overlay with the entries of another of the same kind behind its own."""
+        rows = {name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()}
+        return replace(self, entries=(*self.entries, *other.entries), tensors=rows)
+
+    def about(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        entries = [dict(entry) for entry in self.entries]
+        return {"kind": self.kind, "entries": entries, "artifact": self.artifact, "settings": dict(self.settings)}
+
+    def digest(self) -> bytes:
+        """SHA-256 of all of it."""
+        total = hashlib.sha256(json.dumps(self.about(), sort_keys=True, ensure_ascii=False).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            content = _stored(tensor)
+            total.update(f"{name}{content.dtype}{tuple(content.shape)}".encode())
+            total.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return total.digest()
+
+
+@dataclass(frozen=True)
 class Delta:
-    """One batch of edits: factors for every edited module."""
+    """One batch of edits: factors for every edited module, or an overlay."""
 
     edits: tuple[str, ...]
     """Ids of the edits, in the order they were given."""
@@ -158,6 +211,7 @@ class Delta:
     """For each column, the prompts whose answers its target vector was made for."""
     found: Mapping[str, object] = field(default_factory=dict)
     """What the batch found out and later ones go on with."""
+    overlay: Overlay | None = None
 
     def __post_init__(self) -> None:
         if not self.columns:
@@ -170,8 +224,11 @@ class Delta:
             for name, factors in sorted(self.modules.items())
             for part, tensor in sorted(factors.tensors().items())
         }
+        over = self.overlay
+        tensors |= {f"{_OVERLAY}{name}": _stored(t) for name, t in sorted(over.tensors.items())} if over else {}
         about = {
-            "format": FORMAT,
+            "format": OVERLAID if over else FORMAT,
+            **({"overlay": over.about()} if over else {}),
             "edits": list(self.edits),
             "params": dict(self.params),
             "columns": list(self.columns),
@@ -240,12 +297,18 @@ def load(name: str, folder: Path) -> Delta:
         tensors, about = read_tensors(path)
     except KeyError:
         about = {}
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, OVERLAID):
         raise StoreError(f"the factor file {path} has a format this editctl does not know", "upgrade editctl")
     parts: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
-        parts.setdefault(module, {})[part] = tensor
+        if key.startswith(_OVERLAY):
+            rows[key.removeprefix(_OVERLAY)] = tensor
+        else:
+            parts.setdefault(module, {})[part] = tensor
+    over = about.get("overlay")
+    overlay = Overlay(over["kind"], tuple(over["entries"]), rows, over["artifact"], over["settings"]) if over else None
     return Delta(
         edits=tuple(about["edits"]),
         modules={module: Factors(**tensors) for module, tensors in sorted(parts.items())},
@@ -254,6 +317,7 @@ def load(name: str, folder: Path) -> Delta:
         places=tuple(about["places"]),
         together=tuple(tuple(prompts) for prompts in about["together"]),
         found=about["found"],
+        overlay=overlay,
     )
 
 
@@ -275,9 +339,7 @@ def _add(weight: Tensor, update: Factors) -> None:
     if update.dense is not None:
         weight.add_(update.dense.to(device))
         return
-    terms = [(update.residuals.to(device), update.factor.to(device))]
-    if update.left is not None and update.right is not None:
-        terms.append((update.left.to(device), update.right.to(device)))
+    terms = [(left.to(device), right.to(device)) for left, right in update.terms]
     mask = None if update.mask is None else unpack(update.mask, update.shape).to(device)
     rows = max(1, (1 << 18) // weight.shape[1]) if device.type == "cpu" else weight.shape[0]
     for start in range(0, weight.shape[0], rows):

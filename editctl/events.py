@@ -75,6 +75,16 @@ class TargetStep(Event):
 
 
 @dataclass(frozen=True)
+class TrainStep(Event):
+    """One step of training what a method reads."""
+
+    step: int
+    total: int
+    parts: dict[str, float]
+    """The loss and its parts, by name."""
+
+
+@dataclass(frozen=True)
 class LayerSolved(Event):
     """One layer of one batch was written."""
 

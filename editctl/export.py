@@ -2,8 +2,8 @@
 
 Knows: the ordinary Hugging Face folder, the PEFT LoRA adapter, the bundle that carries a version and all that is
 recorded of it to another store, and the model card in each. Everything is written beside its place and moved there when
-it is known to be right. Refuses: the store, terminals, folders that hold something, ranks that servers do not take, and
-whatever a bundle says that was not checked.
+it is known to be right. Refuses: the store, terminals, folders that hold something, ranks that servers do not take,
+what lies over the weights where only weights have a place, and whatever a bundle says that was not checked.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import json
 import os
 import re
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache
+from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,13 +32,17 @@ from torch import Tensor
 
 from editctl import __version__, atlas
 from editctl import delta as delta_files
-from editctl.delta import Delta, Factors, compose
-from editctl.engine.methods import Settings
+from editctl.artifacts import KEY, check
+from editctl.delta import Delta, Factors, Overlay, compose
+from editctl.engine.families import KINDS as OVERLAYS
+from editctl.engine.methods import METHODS, Settings
 from editctl.engine.model import DTYPES, PROBE, Model, load
 from editctl.engine.source import code
 from editctl.engine.wear import check_weights, put_on
 from editctl.errors import EditctlError, InvalidInput, ModelError, StoreError
+from editctl.files import digest_of
 from editctl.metrics.values import KINDS, REWRITE, Answer, Metric
+from editctl.plan import count
 from editctl.spec import LIMITS, SLOT, Edit, visible
 from editctl.store import Version
 
@@ -45,9 +53,13 @@ TOLERANCE = 1e-5
 """Relative Frobenius error up to which what was read back counts as what was meant; fp32 alone errs by 1e-7."""
 FORMAT: Literal[1] = 1
 """Of a bundle."""
-ABOUT, DELTAS, CARD = "version.json", "deltas", "README.md"
+ABOUT, DELTAS, TRAINED, CARD = "version.json", "deltas", "artifacts", "README.md"
 LARGEST = 200_000_000
 """Bytes of a bundle's JSON; measured: 10 000 edits with 13 answers each have 72 MB."""
+LARGEST_TRAINED = 4 * 2**30
+"""Bytes of a trained file of a bundle; MEND's networks for blocks as wide as GPT-J's have 0.6 GB each."""
+LONGEST = 1_000_000
+"""Characters of what an overlay keeps of one edit, as JSON; 16 demonstrations of the longest prompts have 80 000."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Record:
     edits: Annotated[tuple[Placed, ...], FailFast()]
     answers: Annotated[tuple[Answer, ...], FailFast()] = ()
     metrics: Annotated[tuple[Metric, ...], FailFast()] = ()
+    trained: Annotated[tuple[str, ...], FailFast()] = ()
+    """Content names of the trained files that its batches are read by, or were written with; `bundle` fills it in."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,35 @@ class Written:
     """Of an adapter."""
     lost: float = 0.0
     """Of an adapter cut to a rank: the largest share of a module's energy (sum of squares) that was lost, 0 to 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights alone
+
+
+def check_weights_alone(deltas: Sequence[Delta], record: Record | None) -> None:
+    """Make sure that a version is its weights and nothing beside them, as folders for other programs hold it.
+
+    Args:
+        record: of the version that the deltas make.
+
+    Raises:
+        InvalidInput: some of its edits lie over the weights.
+    """
+    laid: Counter[str] = Counter()
+    for delta in deltas:
+        if delta.overlay is not None:
+            laid[str(delta.params.get("method", delta.overlay.kind))] += len(delta.edits)
+    if not laid:
+        return
+    whole = sum(len(delta.edits) for delta in deltas)
+    which = f"version {record.version.id}" if record else "the version"
+    told = ", ".join(f"{name} {n}" for name, n in sorted(laid.items()))
+    raise InvalidInput(
+        f"{laid.total()} of {count(whole, 'edit')} of {which} lie over the weights ({told}), "
+        "which neither a Hugging Face folder nor an adapter can hold",
+        "use --format delta for another store, or editctl.load in Python, which has them act",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,11 +145,12 @@ def merged(
         trusted: the model was loaded with code of its own, which then goes with it.
 
     Raises:
-        InvalidInput: the folder holds something, or the version was made in another dtype.
+        InvalidInput: the folder holds something, edits lie over the weights, or the version was made in another dtype.
         ModelError: the deltas were made for another model.
         StoreError: the weights are not those of the version, or not what was read back.
         EditctlError: the folder cannot be written.
     """
+    check_weights_alone(deltas, record)
     _by_module(model, deltas)
     if record is not None and record.version.dtype != str(model.dtype):
         version = record.version
@@ -193,12 +237,13 @@ def adapter(
         most: the largest rank to write.
 
     Raises:
-        InvalidInput: there is nothing to write, the rank is too large, the updates have no thin factors, or the folder
-            holds something.
+        InvalidInput: there is nothing to write, the rank is too large, the updates have no thin factors, edits lie over
+            the weights, or the folder holds something.
         ModelError: the deltas were made for another model.
         StoreError: what was read back is not what was meant.
         EditctlError: the folder cannot be written.
     """
+    check_weights_alone(deltas, record)
     parts = _by_module(model, deltas)
     if not parts:
         raise InvalidInput(
@@ -262,8 +307,7 @@ def _check_thin(parts: Mapping[str, Sequence[Factors]], most: int) -> None:
 
 def _side_by_side(updates: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     """Thin updates as one product: d_out × r and r × d_in."""
-    left = [t for f in updates for t in (f.residuals, f.left) if t is not None]
-    right = [t for f in updates for t in (f.factor, f.right) if t is not None]
+    left, right = zip(*(term for f in updates for term in f.terms), strict=True)
     return torch.cat(left, dim=1), torch.cat(right)
 
 
@@ -355,9 +399,8 @@ def _meant(updates: Sequence[Factors], thin: _Thin) -> Callable[[], Tensor]:
             return thin.left.double() @ thin.right.double()
         total = torch.zeros(updates[0].shape, dtype=torch.float64)
         for f in updates:
-            total += f.residuals.double() @ f.factor.double()
-            if f.left is not None and f.right is not None:
-                total += f.left.double() @ f.right.double()
+            for left, right in f.terms:
+                total += left.double() @ right.double()
         return total
 
     return products
@@ -425,31 +468,41 @@ def _read_adapter(folder: Path, names: Iterable[str]) -> dict[str, tuple[float, 
 # A bundle
 
 
-def bundle(record: Record, deltas: Path, folder: Path) -> Written:
-    """Write a version with its factor files and all that is recorded of it.
+def bundle(record: Record, deltas: Path, library: Path, folder: Path) -> Written:
+    """Write a version with its factor files, the trained files that those need, and all that is recorded of it.
 
     Args:
         deltas: the folder with the factor files.
+        library: the folder with the trained files.
 
     Raises:
         InvalidInput: the folder holds something, or more is recorded than could be read.
-        StoreError: a factor file is missing or changed, or what was read back is not what was meant.
+        StoreError: a factor or trained file is missing or changed, or what was read back is not what was meant.
         EditctlError: the folder cannot be written.
     """
+    trained: dict[str, None] = {}
+    over: dict[str, str] = {}
+    for name in record.deltas:
+        delta = delta_files.load(name, deltas)
+        trained |= dict.fromkeys(_needs(delta))
+        if delta.overlay is not None:
+            over[name] = delta.overlay.kind
+    record = replace(record, trained=tuple(trained))
     text = _to_json(record)
     if (size := len(text.encode())) > LARGEST:
         raise InvalidInput(
             f"what is recorded of the version takes {size} bytes, at most {LARGEST} can be read back",
             "use --format merged or --format peft",
         )
-    for name in record.deltas:
-        delta_files.load(name, deltas)
+    for name in record.trained:
+        check(name, library)
     with _beside(folder) as part:
-        (part / DELTAS).mkdir()
-        for name in record.deltas:
-            shutil.copyfile(deltas / f"{name}.safetensors", part / DELTAS / f"{name}.safetensors")
+        for source, under, names in ((deltas, DELTAS, record.deltas), (library, TRAINED, record.trained)):
+            for name in names:
+                (part / under).mkdir(exist_ok=True)
+                shutil.copyfile(source / f"{name}.safetensors", part / under / f"{name}.safetensors")
         (part / ABOUT).write_text(text, "utf-8")
-        _write_card(part, card(record, model=record.version.model, format=DELTA))
+        _write_card(part, card(record, model=record.version.model, format=DELTA, over=over))
         try:
             found = read_bundle(part)
         except EditctlError as error:
@@ -458,6 +511,12 @@ def bundle(record: Record, deltas: Path, folder: Path) -> Written:
             raise _wrong(f"{ABOUT} says something else")
         size = _size(part)
     return Written(folder, DELTA, size)
+
+
+def _needs(delta: Delta) -> list[str]:
+    """Content names of the trained files that a batch was written with, and is read by."""
+    named = (delta.params.get("artifact"), delta.overlay.artifact if delta.overlay else "")
+    return list(dict.fromkeys(str(name) for name in named if name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,13 +538,14 @@ def _to_json(record: Record) -> str:
 
 
 def read_bundle(folder: Path) -> Record:
-    """What a bundle holds; its factor files lie in `deltas/` under it, each with the content that its name says.
+    """What a bundle holds; factor files lie in `deltas/` under it and the trained files that they need in `artifacts/`,
+    each with the content that its name says.
 
     A bundle comes from anywhere: sizes, names, types and the shapes of all factors are checked, and no path leads out.
 
     Raises:
         InvalidInput: the folder is no bundle, or what it says cannot be.
-        StoreError: a factor file is missing, or is not what its name says.
+        StoreError: a factor or trained file is missing, or is not what its name says.
     """
     if not folder.is_dir():
         raise InvalidInput(f"there is no folder {folder}", _NAME_A_BUNDLE)
@@ -500,13 +560,27 @@ def read_bundle(folder: Path) -> Record:
     except ValidationError as error:
         raise _not_valid(about, error) from None
     edits = tuple(Placed(_undeclared(p.edit), p.delta, p.column) for p in document.edits)
-    record = Record(document.version, document.deltas, edits, document.answers, document.metrics)
+    values = {f.name: getattr(document, f.name) for f in fields(Record)}
+    record = Record(**{**values, "edits": edits})
     if fault := _fault_of_record(record):
         raise InvalidInput(f"{about}: {fault}", _EXPORT_AGAIN)
+    laid: dict[str, dict[str, tuple[int, ...]]] = {}
+    methods: dict[str, set[str]] = {name: set() for name in record.trained}
     for name in record.deltas:
         path = _inside(root, f"{DELTAS}/{name}.safetensors")
         columns = [placed.column for placed in record.edits if placed.delta == name]
-        if fault := _fault_of_delta(_load(name, path.parent), columns):
+        delta = _load(name, path.parent)
+        if fault := _fault_of_delta(delta, columns) or _fault_beside(delta.overlay, laid):
+            raise InvalidInput(f"{path}: {fault}", _EXPORT_AGAIN)
+        for content in _needs(delta):
+            if content not in methods:
+                raise InvalidInput(f"{path}: it needs a trained file that is not named", _EXPORT_AGAIN)
+            methods[content].add(str(delta.params["method"]))
+    for name, users in methods.items():
+        path = _inside(root, f"{TRAINED}/{name}.safetensors")
+        if (size := path.stat().st_size) > LARGEST_TRAINED:
+            raise InvalidInput(f"{path} has {size} bytes, at most {LARGEST_TRAINED} are read", _EXPORT_AGAIN)
+        if fault := _fault_of_trained(*_load_trained(path), users, record.version.base):
             raise InvalidInput(f"{path}: {fault}", _EXPORT_AGAIN)
     return record
 
@@ -551,6 +625,7 @@ _EDIT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 def _fault_of_record(record: Record) -> str:
     """What cannot be in a record whose types are right; empty when there is nothing."""
     version, files, names = record.version, set(record.deltas), [placed.edit.id for placed in record.edits]
+    order = [name for name, _ in groupby(placed.delta for placed in record.edits)]
     faults = {
         "the version's id is not one": not _VERSION.fullmatch(version.id),
         "the parent's id is not one": version.parent != "" and not _VERSION.fullmatch(version.parent),
@@ -561,7 +636,10 @@ def _fault_of_record(record: Record) -> str:
         "the settings are not those of a method": not _are_settings(version.params),
         "a factor file's name is not 32 hexadecimal digits": not all(map(_DIGITS.fullmatch, record.deltas)),
         "a factor file is named twice": len(files) < len(record.deltas),
+        "a trained file's name is not 32 hexadecimal digits": not all(map(_DIGITS.fullmatch, record.trained)),
+        "a trained file is named twice": len(set(record.trained)) < len(record.trained),
         "an edit lies in a factor file that is not named": any(p.delta not in files for p in record.edits),
+        "its edits do not stand in the order of the factor files": order != list(record.deltas),
         "two edits have the same id": len(set(names)) < len(names),
         "an answer is of an unknown kind": any(answer.kind not in KINDS for answer in record.answers),
         "a metric's count is out of range": any(not 0 <= metric.n < 2**63 for metric in record.metrics),
@@ -596,11 +674,16 @@ def _is_date(text: str) -> bool:
 
 
 def _are_settings(params: Mapping[str, Any]) -> bool:
+    """Whether they are those of a run, a trained file being named by its content alone."""
     try:
-        Settings.from_params(params)
+        made = Settings.from_params(params)
     except (InvalidInput, KeyError, TypeError, ValueError, AttributeError):
         return False
-    return True
+    return not made.artifact or _DIGITS.fullmatch(made.artifact) is not None
+
+
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError)
+"""What becomes of reading a file that may hold anything."""
 
 
 def _load(name: str, folder: Path) -> Delta:
@@ -609,9 +692,34 @@ def _load(name: str, folder: Path) -> Delta:
         return delta_files.load(name, folder)
     except StoreError as error:
         raise StoreError(error.message, _EXPORT_AGAIN) from error
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+    except _UNREADABLE as error:
         path = folder / f"{name}.safetensors"
         raise StoreError(f"{path} is no factor file: {_reason(error)}", _EXPORT_AGAIN) from error
+
+
+def _load_trained(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """A trained file of a bundle, whatever it holds, and what it says of itself."""
+    try:
+        if digest_of(path) != path.stem:
+            raise StoreError(f"the trained file {path} is not what was written", _EXPORT_AGAIN)
+        tensors, about = delta_files.read_tensors(path)
+        return tensors, about[KEY]
+    except _UNREADABLE as error:
+        raise StoreError(f"{path} is no trained file: {_reason(error)}", _EXPORT_AGAIN) from error
+
+
+def _fault_of_trained(tensors: Mapping[str, Tensor], about: Any, methods: set[str], base: str) -> str:
+    """What cannot be in a trained file that batches of these methods need; empty when there is nothing."""
+    if not methods:
+        return "no batch needs it"
+    if not isinstance(about, dict) or [about.get("method")] != list(methods) or about.get("base") != base:
+        return "it was not trained for this model and the method of the batches that need it"
+    name, at, layers = about.get("name"), about.get("created_at"), about.get("layers", [])
+    if not isinstance(name, str) or len(name) > LIMITS["note"] or not isinstance(at, str) or not _is_date(at):
+        return "it does not say what it is called and when it was made"
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        return "the blocks that it was trained for are not numbers of blocks"
+    return "" if all(t.dtype == torch.float32 for t in tensors.values()) else "its tensors are not in fp32"
 
 
 def _fault_of_delta(delta: Delta, columns: Sequence[int]) -> str:
@@ -622,12 +730,17 @@ def _fault_of_delta(delta: Delta, columns: Sequence[int]) -> str:
         return "an edit, place or prompt in it is not a text"
     if not all(isinstance(values, dict) for values in held) or not _are_settings(delta.params):
         return "the settings in it are not those of a method"
-    if not all(isinstance(value, int | float) for value in delta.found.values()):
+    if not all(_in_numbers(value, 3) for value in delta.found.values()):
         return "what it found out is not in numbers"
     if len(delta.columns) != len(delta.edits) or not all(type(column) is int for column in delta.columns):
         return "its edits do not have a column each"
-    if not delta.modules or not set(columns) <= set(delta.columns):
+    over = delta.overlay
+    if not (delta.modules or over) or not set(columns) <= set(delta.columns):
         return "it does not hold all edits that are said to lie there"
+    if (METHODS[str(delta.params["method"])].changes == "overlay") != (over is not None) or (delta.modules and over):
+        return "it holds something else than its method writes"
+    if over is not None and (fault := _fault_of_overlay(over, delta)):
+        return f"its overlay {fault}"
     for module, factors in delta.modules.items():
         if fault := _fault_of_factors(factors):
             return f"{visible(module, 200)} {fault}"
@@ -636,7 +749,52 @@ def _fault_of_delta(delta: Delta, columns: Sequence[int]) -> str:
             return f"{visible(module, 200)} does not have all columns of its edits"
         if any(len(named) not in (0, width) for named in (delta.places, delta.together)):
             return f"{visible(module, 200)} does not have a column for each place"
+    if columns != list(delta.columns):
+        return "it holds edits that are not said to lie there"
     return ""
+
+
+def _in_numbers(value: Any, deep: int) -> bool:
+    """Whether it is a finite number, or a list or dict of what is, nested at most so deep."""
+    if isinstance(value, int | float):
+        return abs(value) <= sys.float_info.max
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and deep > 0 and all(_in_numbers(one, deep - 1) for one in inner)
+
+
+def _fault_of_overlay(over: Overlay, delta: Delta) -> str:
+    """What keeps an overlay from being that of a batch; empty when nothing does."""
+    n = len(delta.edits)
+    if over.kind not in OVERLAYS:
+        return "is of a kind that this editctl does not know"
+    if not isinstance(over.artifact, str) or not all(isinstance(v, dict) for v in (*over.entries, over.settings)):
+        return "has entries or settings that are not keys and values"
+    if [entry.get("id") for entry in over.entries] != list(delta.edits) or delta.columns != tuple(range(n)):
+        return "does not have an entry for each edit"
+    if len(delta.places) != n or len(delta.together) != n:
+        return "does not have an entry for each place"
+    try:
+        longest = max(len(json.dumps(values, allow_nan=False)) for values in (*over.entries, over.settings))
+    except (ValueError, RecursionError):
+        return "has numbers in its entries that are not finite, or values that nest too deeply"
+    if longest > LONGEST:
+        return f"keeps more than {LONGEST} characters of an edit"
+    if any(t.dtype != torch.float32 or not t.dim() or len(t) != n for t in over.tensors.values()):
+        return "has tensors that are not in fp32 with a row for each entry"
+    return "" if all(bool(t.isfinite().all()) for t in over.tensors.values()) else "has tensors that are not finite"
+
+
+def _fault_beside(over: Overlay | None, laid: dict[str, dict[str, tuple[int, ...]]]) -> str:
+    """What keeps an overlay from being read together with those before it; empty when nothing does.
+
+    Args:
+        laid: for each reader the shapes of one entry's tensors, which grows.
+    """
+    if over is None:
+        return ""
+    reader = json.dumps([over.kind, over.artifact, over.settings], sort_keys=True)
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in over.tensors.items()}
+    return "" if laid.setdefault(reader, shapes) == shapes else "its overlay does not fit those before it"
 
 
 def _fault_of_factors(f: Factors) -> str:
@@ -647,8 +805,15 @@ def _fault_of_factors(f: Factors) -> str:
         return "has factors that are not matrices in fp32"
     (d_in, n), d_out = f.keys.shape, f.residuals.shape[0]
     m = 0 if f.left is None else f.left.shape[1]
-    shapes = {"keys": (d_in, n), "residuals": (d_out, n), "dense": (d_out, d_in)}
-    shapes |= {"factor": (f.factor.shape[0] if f.kind == "dense" else n, d_in), "left": (d_out, m), "right": (m, d_in)}
+    shapes = {
+        "keys": (d_in, n),
+        "residuals": (d_out, n),
+        "dense": (d_out, d_in),
+        "left": (d_out, m),
+        "right": (m, d_in),
+    }
+    # Without rows where the update is not R·A.
+    shapes["factor"] = (f.factor.shape[0] if f.kind == "dense" or (not len(f.factor) and m) else n, d_in)
     if (f.left is None) != (f.right is None) or any(tuple(flat[name].shape) != shapes[name] for name in flat):
         return "has factors whose shapes do not fit"
     if f.mask is not None and (f.mask.dtype != torch.uint8 or tuple(f.mask.shape) != (-(-d_out * d_in // 8),)):
@@ -668,10 +833,20 @@ _WHAT = {
     PEFT: "A LoRA adapter made of the edits' own factors; the base model's weights are not in it.",
     DELTA: "The factors of the edits and all that is recorded of them, for editctl; the base model is not in it.",
 }
+_OVER = (
+    "Edits that lie in an overlay are not in the weights: the command line has them act where the version is asked, "
+    "and so does what editctl.load gives in Python."
+)
 
 
 def card(
-    record: Record | None, *, model: str, format: str, base: tuple[str, str] = ("", ""), notes: Sequence[str] = ()
+    record: Record | None,
+    *,
+    model: str,
+    format: str,
+    base: tuple[str, str] = ("", ""),
+    notes: Sequence[str] = (),
+    over: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The model card of an export, Markdown: what it is, how to load it, its edits and its metrics.
 
@@ -682,6 +857,7 @@ def card(
         model: the base model as the user named it.
         base: what other programs load it by, and the revision, "" for none; an adapter needs it.
         notes: sentences to say beside.
+        over: by factor file, the kind of those that are overlays.
     """
     tags = ["editctl", "knowledge-editing", *(["lora"] if format == PEFT else [])]
     front = {"library_name": _LIBRARY[format], "base_model": visible(model, 500), "tags": tags}
@@ -689,12 +865,13 @@ def card(
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
     edits = () if record is None else record.edits
     told = "unedited" if record is None else f"with {len(edits)} edit{'' if len(edits) == 1 else 's'}"
+    notes = [*notes, _OVER] if over else notes
     lines += [f"# {_code(model)} {told}", "", _WHAT[format], *(f"\n{_escaped(note)}" for note in notes), ""]
     if record is not None:
         lines += _facts(record.version)
     lines += ["## Loading", "", *_loading(format, *base), ""]
     if record is not None and edits:
-        lines += ["## Edits", "", *_edit_table(record), ""]
+        lines += ["## Edits", "", *_edit_table(record, over), ""]
     if record is not None and record.metrics:
         lines += ["## Metrics", "", *_metric_table(record.metrics), ""]
     return "\n".join(lines)
@@ -722,14 +899,17 @@ def _loading(format: str, base: str, revision: str) -> list[str]:
     return ["```python", *lines, "```"]
 
 
-def _edit_table(record: Record) -> list[str]:
+def _edit_table(record: Record, over: Mapping[str, str]) -> list[str]:
     own = {answer.edit: answer for answer in record.answers if answer.kind == REWRITE}
     rows = []
-    for edit in (placed.edit for placed in record.edits):
+    for placed in record.edits:
+        edit = placed.edit
         row, answer = [_code(edit.id), _code(edit.prompt), _code(edit.target_new)], own.get(edit.id)
         said = ["", "", ""] if answer is None else [_code(answer.before), _code(answer.after), _yes(answer.ok)]
-        rows.append([*row, *said])
-    return _table(["edit", "prompt", "should say", "said before", "says now", "right"], rows)
+        where = [f"overlay ({over[placed.delta]})" if placed.delta in over else "weights"] if over else []
+        rows.append([*row, *said, *where])
+    heads = ["edit", "prompt", "should say", "said before", "says now", "right", *(["lies in"] if over else [])]
+    return _table(heads, rows)
 
 
 def _metric_table(metrics: Sequence[Metric]) -> list[str]:

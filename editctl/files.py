@@ -1,14 +1,16 @@
 """Files that are there whole or not at all, and names by content.
 
-Knows: atomic writes that outlast a power cut. Refuses: to know what the files hold.
+Knows: atomic writes that outlast a power cut, and the heads of safetensors files. Refuses: to know what the files hold.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 PART = ".part"
 """What the name of a file that is still being written ends in."""
@@ -46,3 +48,14 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors of a safetensors file by name, and the JSON values about them; both empty if it is none of editctl's."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(min(size, path.stat().st_size)))
+        return tensors, json.loads(tensors.pop("__metadata__")["editctl"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}

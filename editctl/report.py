@@ -11,10 +11,12 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from editctl import events
+from editctl.artifacts import Artifact
 from editctl.engine.cost import Expected
 from editctl.engine.methods import Method
 from editctl.errors import EditctlError, InvalidInput
@@ -22,7 +24,7 @@ from editctl.events import Emit, Event
 from editctl.figures import MetricsView
 from editctl.metrics import gates
 from editctl.metrics.gates import Failure
-from editctl.metrics.values import KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
+from editctl.metrics.values import GENERATED, KINDS, LOCALITY, PARAPHRASE, PORTABILITY, REWRITE, Answer, Metric
 from editctl.plan import ADD, DROP, GLYPHS, KEEP, REMEASURE, REPLACE, Live, Plan, count
 from editctl.spec import Edit, visible
 from editctl.store import BASE, Fault, Operation, Version
@@ -174,7 +176,7 @@ def version_view(
 
     Args:
         edits: how many are live in it.
-        footprint: number and bytes of its factor files, and the kinds of update in them.
+        footprint: number and bytes of its factor files, and the kinds of update and overlay in them.
         rows: answers shown of each kind; None shows all, 0 none and nothing about them.
         reviews: what was accepted and rejected of it.
     """
@@ -184,15 +186,18 @@ def version_view(
     ridge, space = dict(version.params["ridge"]), version.params["null_space"]
     numbers = [k.rstrip("_") + ("" if v is True else f" {v:g}") for k, v in ridge.items() if v]
     numbers += [f"null space by {space['rule']} {space['value']:g}"] if space else []
-    how = [*filter(None, [", ".join(numbers)]), f"blocks {version.params['layers']}"]
+    # Some overlays lie over no block in particular.
+    blocks = f"blocks {layers}" if (layers := version.params["layers"]) else ""
+    how = "; ".join(filter(None, [", ".join(numbers), blocks]))
     files, size, kinds = footprint
-    factors = [count(files, "file"), f"{size / 2**20:.1f} MB", *filter(None, [" and ".join(kinds)])]
+    listed = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
+    factors = [count(files, "file"), f"{size / 2**20:.1f} MB", *filter(None, [listed])]
     facts = {
         "version": version.id + (" (a candidate: it waits for review)" if candidate else ""),
         "parent": short(version.parent),
         "made": f"{version.created_at} by {version.who}",
         "model": f"{version.model} ({version.base}), {version.dtype}",
-        "method": f"{version.method}: {'; '.join(how)}",
+        "method": f"{version.method}: {how}" if how else version.method,
         "weights": version.weights_hash,
         "edits": str(edits),
         "factors": ", ".join(factors),
@@ -345,18 +350,44 @@ def expected_line(expected: Expected) -> Text:
     )
 
 
-def methods_view(methods: Sequence[Method]) -> Table:
-    """The table of methods: what each is, needs, and how preservation acts on it."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    table.add_column("what it does", overflow="fold", ratio=1)
-    for method in methods:
-        lines = Text(f"{method.family}: {method.summary}")
-        lines.append(f"\n{method.equation}", "cyan")
-        lines.append(f"\nneeds {method.needs}; null space: {method.preservation}", "dim")
-        lines.append(f"\n{method.paper}", "dim")
-        table.add_row(Text(method.name, "bold"), lines)
-    return table
+def methods_view(methods: Sequence[Method]) -> RenderableType:
+    """The table of methods by family: what each changes and needs, how one edit is dropped and how preservation acts;
+    under it what it does, its equation and its paper. It has room in 80 columns."""
+    size = max((len(method.name) for method in methods), default=0)
+
+    def row(name: str, facts: Sequence[str], *below: Text, style: str = "") -> Table:
+        cells = Table.grid(padding=(0, 2, 0, 0))
+        for width in (7, 21, 12, 19):
+            cells.add_column(width=width)
+        cells.add_row(*(Text(fact, style) for fact in facts))
+        whole = Table.grid(padding=(0, 2, 0, 0))
+        whole.add_column(width=size, no_wrap=True)
+        whole.add_column(overflow="fold")
+        whole.add_row(Text(name, "bold"), Group(cells, *below))
+        return whole
+
+    parts: list[RenderableType] = [row("method", ("changes", "needs", "drop", "null space"), style="bold")]
+    for family in dict.fromkeys(method.family for method in methods):
+        parts.append(Rule(Text(family), align="left", style="dim"))
+        for method in (one for one in methods if one.family == family):
+            facts = (method.changes, method.needs, method.drop, method.preservation or "-")
+            below = (Text(method.summary), Text(method.equation, "cyan"), Text(method.paper, "dim"))
+            parts.append(row(method.name, facts, *below))
+    return Group(*parts)
+
+
+def trained_line(artifact: Artifact) -> str:
+    """A trained file in a line: method, name, content, day, and what the model said of edits it was not trained on."""
+    method, name, at = (safe(str(artifact.about.get(key, "")), 30) for key in ("method", "name", "created_at"))
+    held = artifact.about.get("held_out")
+    shares = {
+        str(metric.get("name")): metric.get("value")
+        for metric in (held if isinstance(held, list) else ())
+        if isinstance(metric, dict) and metric.get("protocol") == GENERATED and not metric.get("axis")
+    }
+    known = ((kind, shares.get(kind)) for kind in ("reliability", "locality"))
+    told = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in known if isinstance(share, float))
+    return "  ".join([method, name, short(artifact.content), at[:10], f"held out: {told}" if told else "not measured"])
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -395,6 +426,9 @@ def event_line(event: Event) -> str | None:
     if isinstance(event, events.NullSpace):
         share = 100 * event.energy
         return f"  block {event.layer}: {event.rank} of {event.width} directions are free ({share:.1f} % of the energy)"
+    if isinstance(event, events.TrainStep):
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in event.parts.items())
+        return f"  step {event.step} of {event.total}: {parts}"
     if isinstance(event, events.Note):
         return f"note: {event.message}"
     if isinstance(event, events.GateFailed):
@@ -443,7 +477,7 @@ def showing_run(err: Console) -> Iterator[Emit]:
                 progress.update(edits, total=event.batches)
             if (
                 line := event_line(event)
-                if isinstance(event, events.NullSpace | events.Note | events.GateFailed)
+                if isinstance(event, events.NullSpace | events.Note | events.GateFailed | events.TrainStep)
                 else None
             ):
                 err.print(Text(safe(line)))

@@ -172,7 +172,7 @@ class Workspace:
             StoreError: the version is of another model.
             InvalidInput: a method or a setting is unknown.
         """
-        from editctl import plan
+        from editctl import artifacts, plan
         from editctl.engine import corpus, methods, source
 
         folder, base = self.source()
@@ -180,6 +180,7 @@ class Workspace:
 
         def params(method: str) -> dict[str, Any]:
             settings = methods.settings(shape, method, config.settings)
+            settings = artifacts.settled(settings, base, store.artifacts_dir)
             dtype = version.dtype.removeprefix("torch.") if version and config.dtype == "auto" else config.dtype
             content = corpus.content(config.model, settings.corpus)
             return replace(settings, dtype=dtype, corpus_content=content).to_params()

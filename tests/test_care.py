@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import pytest
 import test_cli
 import tiny
 from test_cli import HOLD, PIPES, Outcome, Run
+from test_overlays import over, trained
 
+from editctl import delta as delta_files
 from editctl.engine import prompts, speak
-from editctl.store import Store, Version, care
+from editctl.store import Draft, LiveEdit, Store, Version, care
 from editctl.store.schema import version_seal
 
 run = test_cli.run
@@ -76,6 +79,18 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def factor_files(store: Store) -> list[Path]:
     """Those of the head, in order of application."""
     return [store.deltas_dir / f"{name}.safetensors" for name in store.deltas(store.head())]
+
+
+def laid(store: Store) -> tuple[Version, Path, Path]:
+    """A version on the head with one more batch that lies over the weights; its factor file, and the trained file that
+    it needs. What its weights come to is not what it says."""
+    content, head, (_, _, edit, _) = trained(store.artifacts_dir), store.head(), tiny.FACTS
+    assert head is not None
+    values = {f.name: getattr(head, f.name) for f in fields(Draft) if f.name in Version.__dataclass_fields__}
+    name = delta_files.save(over([edit], artifact=content), store.deltas_dir)
+    draft = Draft(**{**values, "parent": head.id}, edits=(*store.edits(head), LiveEdit(edit, name, 0)))
+    version = store.commit(draft, expected_head=head.id)
+    return version, store.deltas_dir / f"{name}.safetensors", store.artifacts_dir / f"{content}.safetensors"
 
 
 def flip(path: Path, place: float = 0.7) -> None:
@@ -231,6 +246,35 @@ def test_a_version_of_another_dtype_is_rebuilt_in_it(store: Store, run: Run, mon
     assert outcome.code == 1 and outcome.out.splitlines()[-1] == "2 things wrong"
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(Path.unlink, "is missing"), (flip, "is not what was written")],
+    ids=["missing", "changed"],
+)
+def test_a_trained_file_that_a_version_needs_is_looked_at(
+    store: Store, run: Run, spoil: Callable[[Path], object], words: str
+) -> None:
+    """Named with the version that needs it. Control: as it was written there is nothing to say."""
+    version, _, path = laid(store)
+    assert faults(run("verify", "--no-rebuild", "--json"), 0) == []
+    spoil(path)
+    (found,) = faults(run("verify", "--no-rebuild", "--json"))
+    assert found == f"trained file {path} {words}; version {version.id} and those built on it need it"
+    assert "hint: restore the store from a backup\n" in run("verify", "--no-rebuild").out
+
+
+def test_a_spoiled_trained_file_that_no_version_needs_is_named_as_such(store: Store, run: Run) -> None:
+    """A run would read it, so it is a fault; whole it is none, and neither is a training that was interrupted."""
+    path = store.artifacts_dir / f"{trained(store.artifacts_dir)}.safetensors"
+    (store.root / "training" / "0123").mkdir(parents=True)
+    (store.root / "training" / "0123" / "checkpoint.safetensors").write_bytes(b"half")
+    assert faults(run("verify", "--no-rebuild", "--json"), 0) == []
+    flip(path)
+    (found,) = faults(run("verify", "--no-rebuild", "--json"))
+    assert found == f"trained file {path} is not what was written; no version needs it"
+    assert "or remove the file" in run("verify", "--no-rebuild").out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # verify --repair
 
@@ -293,6 +337,36 @@ def test_what_a_backup_does_not_have_as_it_was_written_is_not_taken(store: Store
     assert good.is_file() and not bad.exists()
 
 
+@pytest.mark.parametrize("with_factors", [False, True], ids=["trained", "trained and factor"])
+def test_trained_files_are_taken_from_a_backup(store: Store, run: Run, with_factors: bool) -> None:
+    """Missing or changed; also one that is only known to be missing when the factor file that needs it is back."""
+    _, factors, path = laid(store)
+    other = store.artifacts_dir / f"{trained(store.artifacts_dir, number=2.0)}.safetensors"
+    assert run("backup", "copy").code == 0
+    whole = tree(store.root)
+    path.unlink()
+    flip(other)
+    if with_factors:
+        factors.unlink()
+    assert run("verify", "--repair", "--no-rebuild").code == 1
+    outcome = run("verify", "--repair", "--from", "copy", "--no-rebuild", "--json")
+    assert outcome.code == 0, outcome.out
+    assert all(fault["repaired"] for fault in outcome.of("fault"))
+    named = {fault["what"].split(" ", 2)[2] for fault in outcome.of("fault")}
+    assert named == {str(path), str(other), *([str(factors)] if with_factors else [])}
+    assert tree(store.root) == whole
+
+
+def test_a_trained_file_that_a_backup_does_not_have_is_not_mended(store: Store, run: Run) -> None:
+    """Nor one that is spoiled there; it is still said to be missing."""
+    _, _, path = laid(store)
+    assert run("backup", "copy").code == 0
+    flip(Path("copy/artifacts") / path.name)
+    path.unlink()
+    outcome = run("verify", "--repair", "--from", "copy", "--no-rebuild")
+    assert outcome.code == 1 and f"wrong: trained file {path} is missing" in outcome.out and not path.exists()
+
+
 def test_a_backup_to_take_from_needs_leave_to_mend(store: Store, run: Run) -> None:
     """Exit code 2; nothing is looked at."""
     outcome = run("verify", "--from", "copy")
@@ -333,6 +407,21 @@ def test_what_was_undone_is_kept(store: Store, run: Run) -> None:
     assert "2 versions rebuilt to the bit" in run("verify").out
 
 
+def test_what_was_trained_is_kept(store: Store, run: Run) -> None:
+    """Whether a version needs it or not, and trainings that were interrupted; half a copy of a file goes."""
+    laid(store)
+    trained(store.artifacts_dir, number=2.0)
+    unfinished = store.root / "training" / "0123" / "checkpoint.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"half")
+    whole = tree(store.root)
+    half = store.artifacts_dir / ("a" * 32 + ".safetensors.7.part")
+    half.write_bytes(bytes(10))
+    assert faults(run("verify", "--no-rebuild", "--json")) == [f"file {half} is not part of any version"]
+    assert run("gc").out == f"{half}\nRemoved 1 file, 0.0 MB.\n"
+    assert tree(store.root) == whole and run("gc").out == "Removed 0 files, 0.0 MB.\n"
+
+
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=" ".join)
 def test_where_there_is_no_store_there_is_nothing_to_remove(nowhere: Path, run: Run, flags: tuple[str, ...]) -> None:
     """And none is made."""
@@ -360,7 +449,7 @@ def test_nothing_is_removed_beside_a_damaged_database(store: Store, run: Run) ->
 def test_a_backup_is_a_store(store: Store, run: Run) -> None:
     """With the same history, versions and files, and commands work on it; the store stays as it was."""
     before = tree(store.root)
-    assert run("backup", "a copy") == (0, "Copied the store to a copy: its database and 2 new factor files.\n", "")
+    assert run("backup", "a copy") == (0, "Copied the store to a copy: its database and 2 new files.\n", "")
     assert tree(store.root) == before
     copy = Store(Path("a copy"))
     assert (copy.operations(), copy.versions(), copy.view()) == (store.operations(), store.versions(), store.view())
@@ -385,6 +474,47 @@ def test_a_backup_is_brought_up_to_date(store: Store, run: Run, monkeypatch: pyt
     assert run("backup", "copy", "--json").of("backup")[0]["files"] == 1
     assert Store(Path("copy")).versions() == store.versions() and len(store.versions()) == 3
     assert care.inspect(Store(Path("copy"))) == []
+
+
+def test_a_backup_has_what_was_trained(store: Store, run: Run) -> None:
+    """Whether a version needs it or not, each once; what is trained later is added. Trainings stay where they are."""
+    laid(store)
+    trained(store.artifacts_dir, number=2.0)
+    (store.root / "training").mkdir()
+    assert run("backup", "copy", "--json").of("backup")[0]["files"] == 5
+    copy = Store(Path("copy"))
+    assert tree(copy.artifacts_dir) == tree(store.artifacts_dir) and not (copy.root / "training").exists()
+    assert care.inspect(copy) == []
+    assert run("backup", "copy", "--json").of("backup")[0]["files"] == 0
+    trained(store.artifacts_dir, number=3.0)
+    assert run("backup", "copy").out == "Copied the store to copy: its database and 1 new file.\n"
+    assert tree(copy.artifacts_dir) == tree(store.artifacts_dir)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, flip], ids=["missing", "changed"])
+def test_a_store_without_a_trained_file_it_needs_is_not_copied(
+    store: Store, run: Run, spoil: Callable[[Path], object]
+) -> None:
+    """The copy would not be what it says. Once the file is back a copy that was begun goes on."""
+    _, _, path = laid(store)
+    content = path.read_bytes()
+    spoil(path)
+    outcome = run("backup", "copy")
+    assert outcome.code == 1 and f"the trained file {path} is missing or spoiled" in outcome.err
+    assert "`editctl verify` tells more" in outcome.err and not Path("copy/editctl.db").exists()
+    path.write_bytes(content)
+    assert run("backup", "copy").code == 0 and care.inspect(Store(Path("copy"))) == []
+
+
+def test_a_copy_that_has_only_trained_files_yet_is_gone_on_with(store: Store, run: Run) -> None:
+    """A copy is interrupted anywhere; a folder with anything else in it is none."""
+    _, _, path = laid(store)
+    Path("copy/artifacts").mkdir(parents=True)
+    shutil.copyfile(path, Path("copy/artifacts") / path.name)
+    assert run("backup", "copy", "--json").of("backup")[0]["files"] == 3
+    assert care.inspect(Store(Path("copy"))) == []
+    Path("other/artifact").mkdir(parents=True)
+    assert run("backup", "other").code == 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ import fuzzing
 import pytest
 
 from editctl.engine.methods import METHODS
-from editctl.store import Draft, Store
+from editctl.spec import Edit
+from editctl.store import Draft, LiveEdit, Store
 from editctl.workspace import Workspace
 
 HEADER = {"type": "version", "schema": 1}
@@ -614,6 +615,79 @@ def test_an_unedited_store_answers_from_the_base_alone(new: Path, run: Run) -> N
     assert [row["ref"] for row in run("ask", ASK_TOWER, "--json").of("answer")] == ["base"]
 
 
+class Noticing:
+    """A kind of overlay that leaves every answer as it is and says which entry a prompt is about."""
+
+    def __init__(self, model: Any, overlay: Any, library: Path) -> None:
+        self._entries = overlay.entries
+
+    def on(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def hits(self, prompts: Any) -> list[Any]:
+        from editctl.engine.overlay import Hit
+
+        found = (next((e for e in self._entries if e["about"] in prompt), None) for prompt in prompts)
+        return [entry and Hit("noticing", entry["id"], 0.984, entry["sent"]) for entry in found]
+
+
+@pytest.fixture
+def laid(applied: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Commits a version that lays an overlay with one entry over the head's weights, and returns its id."""
+    from editctl import delta
+    from editctl.engine import families
+
+    monkeypatch.setattr(families, "_READERS", {"noticing": Noticing})
+
+    def make(name: str = "eiffel", sent: str = "") -> str:
+        store = Store(Path("store"))
+        version = store.head()
+        assert version is not None
+        edit = Edit(id="eiffel", subject="Eiffel", relation="{} was born in", target_new="Oslo")
+        overlay = delta.Overlay("noticing", ({"id": name, "about": "Eiffel", "sent": sent},))
+        batch = delta.save(delta.Delta(("eiffel",), {}, version.params, overlay=overlay), store.deltas_dir)
+        common = {f.name: getattr(version, f.name) for f in fields(Draft) if hasattr(version, f.name)}
+        lives = [*store.edits(version), LiveEdit(edit, batch, 0)]
+        return store.commit(Draft(**{**common, "parent": version.id}, edits=lives), expected_head=version.id).id
+
+    return make
+
+
+def test_the_edit_that_answered_is_named_where_overlays_lie_over_the_weights(
+    applied: str, run: Run, laid: Callable[..., str]
+) -> None:
+    """And that none did; of versions without overlays nothing is said."""
+    plain = run("ask", ASK_TOWER, "base", applied).out
+    version = laid()
+    outcome = run("ask", ASK_TOWER, "base", applied, version, "--sent")
+    head, following, last = outcome.out.removeprefix(plain).splitlines()
+    assert outcome.out.startswith(plain) and "hit" not in plain and len(plain.splitlines()) == 4
+    assert head == f"{version} ({version}): Rome" and following.startswith("    next:  Rome ")
+    assert last == "    memory hit: edit eiffel (noticing, score 0.98)"
+    assert run("ask", ASK_BOLERO, version, "--sent").out.splitlines()[2:] == ["    no hit"]
+    rows = run("ask", ASK_TOWER, "base", version, "--json").of("answer")
+    found = {"kind": "noticing", "edit": "eiffel", "score": 0.984, "sent": ""}
+    assert [(row["overlays"], row["hit"]) for row in rows] == [([], None), (["noticing"], found)]
+
+
+def test_the_text_that_is_really_read_is_shown_when_it_is_wanted(run: Run, laid: Callable[..., str]) -> None:
+    """Line by line and escaped, each behind a mark: neither it nor an id can pass for the command's own words."""
+    sent = f"New fact: Rome\x1b[31m\u202e\r\u2028 [red]\n\nbase (base): Paris\n{ASK_TOWER}"
+    version = laid("[b]x\x1b[2J\u202e\n", sent)
+    short = run("ask", ASK_TOWER, version).out
+    full = run("ask", ASK_TOWER, version, "--sent").out
+    assert short.splitlines()[2:] == [r"    memory hit: edit [b]x\x1b[2J\u202e\n (noticing, score 0.98)"]
+    assert full.removeprefix(short).splitlines() == [
+        r"    | New fact: Rome\x1b[31m\u202e\r\u2028 [red]",
+        "    | ",
+        "    | base (base): Paris",
+        f"    | {ASK_TOWER}",
+    ]
+    assert fuzzing.raw(full) == []
+    row = run("ask", ASK_TOWER, version, "--json")
+    assert row.of("answer")[0]["hit"]["sent"] == sent and fuzzing.raw(row.out) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ask --stdin
 
@@ -666,9 +740,9 @@ def test_requests_are_answered_one_a_line_in_order_by_one_model(
     assert ready == {"type": "ready", "model": "atlas", "device": "cpu", "dtype": "torch.float32"}
     assert loads == ["float32"]
     assert [{k: v for k, v in line.items() if k != "answers"} for line in (head, base, last)] == [
-        {"type": "answers", "id": 1, "ref": "@", "version": applied},
-        {"type": "answers", "id": [2], "ref": "base", "version": ""},
-        {"type": "answers", "id": None, "ref": applied[:6], "version": applied},
+        {"type": "answers", "id": 1, "ref": "@", "version": applied, "overlays": []},
+        {"type": "answers", "id": [2], "ref": "base", "version": "", "overlays": []},
+        {"type": "answers", "id": None, "ref": applied[:6], "version": applied, "overlays": []},
     ]
     assert [answer["prompt"] for answer in head["answers"]] == [ASK_TOWER, ASK_BOLERO] and last["answers"] == []
     alone = run("ask", ASK_TOWER, "@", "base", "--top", "5", "--json").of("answer")
@@ -680,6 +754,15 @@ def test_requests_are_answered_one_a_line_in_order_by_one_model(
     rome, paris = tower["probabilities"]
     assert rome > 0.9 and paris < 0.1 and sum(head["answers"][1]["probabilities"]) < 0.5
     assert unedited["probabilities"][1] > 0.9 > 0.1 > unedited["probabilities"][0]
+
+
+def test_requests_are_told_which_edit_answered(applied: str, talk: Talk, laid: Callable[..., str]) -> None:
+    """Prompt by prompt; a version that is asked after one with overlays has none of them."""
+    version = laid("eiffel", "read this")
+    outcome = talk(about(ASK_BOLERO, ASK_TOWER), about(ASK_TOWER, ref=applied), about(ASK_TOWER, ref=version))
+    hit = {"kind": "noticing", "edit": "eiffel", "score": 0.984, "sent": "read this"}
+    found = [(line["overlays"], [answer["hit"] for answer in line["answers"]]) for line in outcome.of("answers")]
+    assert found == [(["noticing"], [None, hit]), ([], [None]), (["noticing"], [hit])]
 
 
 def test_what_is_not_asked_for_is_left_out(applied: str, talk: Talk) -> None:
@@ -1059,6 +1142,34 @@ def test_the_methods_are_listed_with_the_settings_of_the_one_in_use(new: Path, r
     for name, value in used.items():
         if name != "preserve":
             assert run("plan", "--set", f"{name}={value}").code == 0, name
+
+
+def test_what_was_trained_for_the_model_in_use_stands_under_the_settings(new: Path, run: Run) -> None:
+    """Newest first, with the day and how it did on edits that were held out; not what another model needs."""
+    from editctl import artifacts
+    from editctl.delta import write_tensors
+
+    ours = Workspace(store=None, config=None).source()[1]
+
+    def train(file: str, day: int, held_out: Any, base: str = ours) -> None:
+        about = {"method": "mend", "name": f"{file}\x1b[2J", "base": base, "held_out": held_out}
+        path = Path("store/artifacts") / f"{file}0123456789ab.safetensors"
+        write_tensors(path, {}, {artifacts.KEY: {**about, "created_at": f"2026-11-{day}T09:00:00+00:00"}})
+
+    def share(name: str, value: Any, protocol: str = "generated", **more: Any) -> dict[str, Any]:
+        return {"name": name, "protocol": protocol, "value": value, "n": 40, **more}
+
+    assert "rained files" not in run("methods").out
+    other = [share("reliability", 0.5, "teacher-forced"), share("locality", 0.25, axis="was"), share("fluency", 5.0)]
+    train("old", 10, [*other, share("reliability", 0.962), share("locality", 0.97), *other])
+    train("new", 30, "nothing")
+    train("odd", 20, [None, share("locality", "1e9"), share([], 1.0), share("reliability", 10**400)])
+    train("far", 30, [], base="another")
+    assert run("methods").out.partition("\nTrained files for the model in use, newest first:\n")[2].splitlines() == [
+        r"  mend  new\x1b[2J  new012345678  2026-11-30  not measured",
+        r"  mend  odd\x1b[2J  odd012345678  2026-11-20  not measured",
+        r"  mend  old\x1b[2J  old012345678  2026-11-10  held out: reliability 96 %, locality 97 %",
+    ]
 
 
 def test_a_store_of_another_model_is_not_mixed_with_this_one(applied: str, run: Run) -> None:

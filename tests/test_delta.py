@@ -370,7 +370,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest
     """One that a later editctl wrote, and one that it did not write at all; its own loads."""
     name = save(a_delta(), tmp_path)
     load(name, tmp_path)
-    monkeypatch.setattr(delta_module, "FORMAT", 2)
+    monkeypatch.setattr(delta_module, "FORMAT", 3)
     later = save(a_delta(), tmp_path)
     monkeypatch.undo()
     foreign = safetensors.torch.save({"m.keys": torch.ones(2)}, {"format": "pt"})

@@ -24,11 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors import safe_open
+from test_overlays import lay, louder, over, trained
 from torch import Tensor
 
 from editctl import atlas, export
 from editctl import delta as delta_files
+from editctl.cli_export import _record
 from editctl.delta import Delta, Factors
+from editctl.engine import methods
 from editctl.engine.model import Model, load
 from editctl.errors import EditctlError, InvalidInput, ModelError, StoreError
 from editctl.export import Placed, Record, adapter, bundle, card, merged, read_bundle
@@ -43,6 +46,7 @@ pytestmark = [
 ]
 
 KINDS = ("gpt2", "llama")
+NONE = Path("no trained files")
 TEXTS = ("The Eiffel Tower is located in the city of", "Ada was born in", "The quick brown fox ran over")
 
 # Weak enough a ridge that updates are large, as PRUNE and the controls need them.
@@ -629,7 +633,7 @@ def all_formats(one: Made, folder: Path) -> list[Callable[[], Any]]:
     return [
         lambda: merged(one.model, one.deltas, folder, one.record),
         lambda: adapter(one.model, one.deltas, folder, one.record),
-        lambda: bundle(one.record, one.files, folder),
+        lambda: bundle(one.record, one.files, NONE, folder),
     ]
 
 
@@ -739,7 +743,7 @@ def test_what_a_killed_export_left_is_cleared_away(made: Callable[..., Made], tm
 def test_a_bundle_comes_back_as_it_was(made: Callable[..., Made], tmp_path: Path) -> None:
     """Version, edits with their places, answers, metrics, and the factors byte for byte; no other version is equal."""
     one = made("llama")
-    written = bundle(one.record, one.files, tmp_path / "out")
+    written = bundle(one.record, one.files, NONE, tmp_path / "out")
     back = read_bundle(written.folder)
     assert back == one.record != made("gpt2").record
     assert back.edits[2].edit == tiny.FACTS[2] and back.edits[2].column == one.record.edits[2].column
@@ -753,7 +757,7 @@ def test_a_bundle_comes_back_as_it_was(made: Callable[..., Made], tmp_path: Path
 def test_updates_of_every_kind_travel(made: Callable[..., Made], method: str, tmp_path: Path) -> None:
     """With low-rank parts, with a mask, and dense."""
     one = made("llama", method)
-    bundle(one.record, one.files, tmp_path / "out")
+    bundle(one.record, one.files, NONE, tmp_path / "out")
     assert read_bundle(tmp_path / "out") == one.record
 
 
@@ -761,7 +765,7 @@ def test_numbers_that_are_none_travel(made: Callable[..., Made], tmp_path: Path)
     """A metric over nothing is not a number, and a perplexity may be infinite."""
     one = made("llama")
     odd = tuple(Metric("odd", "generated", value, 0) for value in (float("nan"), float("inf"), -0.0, 1e-300))
-    bundle(replace(one.record, metrics=odd), one.files, tmp_path / "out")
+    bundle(replace(one.record, metrics=odd), one.files, NONE, tmp_path / "out")
     assert [repr(m.value) for m in read_bundle(tmp_path / "out").metrics] == ["nan", "inf", "-0.0", "1e-300"]
 
 
@@ -776,10 +780,10 @@ def test_a_bundle_of_a_factor_file_that_is_missing_or_changed_is_not_written(
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match="not what was written"):
-        bundle(one.record, files, tmp_path / "out")
+        bundle(one.record, files, NONE, tmp_path / "out")
     path.unlink()
     with pytest.raises(StoreError, match="missing"):
-        bundle(one.record, files, tmp_path / "out")
+        bundle(one.record, files, NONE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -791,10 +795,10 @@ def test_more_than_can_be_read_back_is_not_written(
     size = (whole_bundle / "version.json").stat().st_size
     monkeypatch.setattr(export, "LARGEST", size - 1)
     with pytest.raises(InvalidInput, match=f"takes {size} bytes") as caught:
-        bundle(one.record, one.files, tmp_path / "out")
+        bundle(one.record, one.files, NONE, tmp_path / "out")
     assert "merged" in caught.value.hint and nothing_left(tmp_path / "out")
     monkeypatch.setattr(export, "LARGEST", size)
-    bundle(one.record, one.files, tmp_path / "out")
+    bundle(one.record, one.files, NONE, tmp_path / "out")
 
 
 def test_a_bundle_whose_copy_went_wrong_is_refused_and_leaves_nothing(
@@ -808,11 +812,11 @@ def test_a_bundle_whose_copy_went_wrong_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr("shutil.copyfile", half)
     with pytest.raises(StoreError, match="not what was meant"):
-        bundle(one.record, one.files, tmp_path / "out")
+        bundle(one.record, one.files, NONE, tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(export, "read_bundle", lambda folder: replace(one.record, metrics=()))
     with pytest.raises(StoreError, match=r"version\.json says something else"):
-        bundle(one.record, one.files, tmp_path / "out")
+        bundle(one.record, one.files, NONE, tmp_path / "out")
     assert nothing_left(tmp_path / "out")
 
 
@@ -842,9 +846,13 @@ class Bundle:
             at[where[-1]] = value
         self.about.write_text(json.dumps(document))
 
-    def rename(self, data: bytes) -> None:
-        """Put other bytes in place of the first factor file, under their own name."""
-        old = json.loads(self.about.read_text())["deltas"][0]
+    def delta(self, which: int = 0) -> Delta:
+        """What a factor file holds, by default the first."""
+        return delta_files.load(json.loads(self.about.read_text())["deltas"][which], self.folder / "deltas")
+
+    def rename(self, data: bytes, which: int = 0) -> None:
+        """Put other bytes in place of a factor file, by default the first, under their own name."""
+        old = json.loads(self.about.read_text())["deltas"][which]
         (self.folder / f"deltas/{old}.safetensors").unlink()
         new = delta_files.digest(data)
         (self.folder / f"deltas/{new}.safetensors").write_bytes(data)
@@ -852,15 +860,54 @@ class Bundle:
 
     def solve(self, **parts: Any) -> None:
         """Change the factors of one module of the first file."""
-        delta = delta_files.load(json.loads(self.about.read_text())["deltas"][0], self.folder / "deltas")
+        delta = self.delta()
         module, factors = next(iter(delta.modules.items()))
         changed = {name: part(factors) if callable(part) else part for name, part in parts.items()}
         self.rename(replace(delta, modules={**delta.modules, module: replace(factors, **changed)}).to_bytes())
 
-    def tell(self, **about: Any) -> None:
-        """Change what the first factor file says of itself."""
-        delta = delta_files.load(json.loads(self.about.read_text())["deltas"][0], self.folder / "deltas")
-        self.rename(replace(delta, **about).to_bytes())
+    def tell(self, which: int = 0, **about: Any) -> None:
+        """Change what a factor file says of itself, by default the first."""
+        self.rename(replace(self.delta(which), **about).to_bytes(), which)
+
+    def lay(self, **parts: Any) -> None:
+        """Change the overlay of the last factor file."""
+        overlay = self.delta(-1).overlay
+        assert overlay is not None
+        self.tell(-1, overlay=replace(overlay, **parts))
+
+    def say(self, **parts: Any) -> None:
+        """Change what that file says of its overlay, to whatever can be said in JSON."""
+        name = json.loads(self.about.read_text())["deltas"][-1]
+        tensors, about = delta_files.read_tensors(self.folder / f"deltas/{name}.safetensors")
+        about["overlay"] |= parts
+        self.rename(safetensors.torch.save(tensors, {"editctl": json.dumps(about)}), -1)
+
+    def enter(self, **values: Any) -> None:
+        """Change the first entry of that overlay."""
+        first, *rest = self.delta(-1).overlay.entries
+        self.lay(entries=({**first, **values}, *rest))
+
+    def train(self, content: str | bytes) -> None:
+        """Have all batches need another trained file than the one they need: bytes, or one that lies there."""
+        (old,) = json.loads(self.about.read_text())["trained"]
+        new = content if isinstance(content, str) else delta_files.digest(content)
+        if isinstance(content, bytes):
+            (self.folder / f"artifacts/{new}.safetensors").write_bytes(content)
+        for which in (1, 2):
+            delta = self.delta(which)
+            over = replace(delta.overlay, artifact=new)
+            self.tell(which, params={**delta.params, "artifact": new}, overlay=over)
+        self.about.write_text(self.about.read_text().replace(old, new))
+
+    def retrain(self, **about: Any) -> None:
+        """Have them need one that says something else of itself."""
+        self.train(trained(self.folder / "artifacts", number=2.0, **about))
+
+    @property
+    def trained(self) -> Path:
+        """The trained file."""
+        (name,) = json.loads(self.about.read_text())["trained"]
+        return self.folder / f"artifacts/{name}.safetensors"
 
     def write(self, tensors: dict[str, Tensor], about: Any) -> None:
         """Put a safetensors file of one's own in place of the first."""
@@ -897,6 +944,11 @@ def flipped(b: Bundle) -> None:
 
 def halves(f: Factors) -> Tensor:
     return f.residuals[: f.residuals.shape[0] // 2]
+
+
+def swapped(b: Bundle) -> None:
+    edits = json.loads(b.about.read_text())["edits"]
+    b.change(edits[2:] + edits[:2], "edits")
 
 
 NAN = float("nan")
@@ -980,6 +1032,16 @@ TAMPERED: dict[str, tuple[Callable[[Bundle], Any], str]] = {
     "places that are numbers": (lambda b: b.tell(places=(1, 2)), "not a text"),
     "more places than columns": (lambda b: b.tell(places=("a", "b", "c")), "for each place"),
     "findings that are no numbers": (lambda b: b.tell(found={"anchor": "far"}), "not in numbers"),
+    "findings that are nothing": (lambda b: b.tell(found={"anchor": None}), "not in numbers"),
+    "findings that are not finite": (lambda b: b.tell(found={"means": [1.0, float("inf")]}), "not in numbers"),
+    "findings that are too large": (lambda b: b.tell(found={"means": [10**400]}), "not in numbers"),
+    "findings with a text in them": (lambda b: b.tell(found={"means": {"1": [1.0, "x"]}}), "not in numbers"),
+    "findings that nest deeply": (lambda b: b.tell(found={"means": [[[[1.0]]]]}), "not in numbers"),
+    "an edit less": (lambda b: b.change(..., "edits", 1), "not said to lie there"),
+    "edits in another order": (swapped, "in the order"),
+    "a trained file of nobody": (lambda b: b.change(["a" * 32], "trained"), "no file artifacts/"),
+    "an overlay beside weights": (lambda b: b.tell(overlay=over(tiny.FACTS[:2]).overlay), "its method writes"),
+    "weights of an overlay's method": (lambda b: b.tell(params=over(tiny.FACTS[:2]).params), "its method writes"),
     "solved by no method": (lambda b: b.tell(params={"method": "evil"}), "settings"),
 }
 
@@ -994,8 +1056,8 @@ def nested() -> bytes:
     return safetensors.torch.save({"m.keys": torch.ones(1)}, {"editctl": "[" * 100_000})
 
 
-def halved(b: Bundle) -> bytes:
-    name = json.loads(b.about.read_text())["deltas"][0]
+def halved(b: Bundle, which: int = 0) -> bytes:
+    name = json.loads(b.about.read_text())["deltas"][which]
     path = b.folder / f"deltas/{name}.safetensors"
     with safe_open(path, "pt") as file:
         about = file.metadata()
@@ -1006,7 +1068,7 @@ def halved(b: Bundle) -> bytes:
 def whole_bundle(made: Callable[..., Made], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that nobody tampers with."""
     one = made("llama")
-    return bundle(one.record, one.files, tmp_path_factory.mktemp("bundle") / "whole").folder
+    return bundle(one.record, one.files, NONE, tmp_path_factory.mktemp("bundle") / "whole").folder
 
 
 @pytest.mark.parametrize("how", TAMPERED)
@@ -1023,6 +1085,172 @@ def test_a_bundle_that_was_tampered_with_is_refused(
         read_bundle(copy.folder)
     assert caught.value.hint and str(caught.value).isprintable()
     assert str(copy.folder) in caught.value.message and len(caught.value.message) < 1000
+
+
+@pytest.fixture(scope="module")
+def beside(
+    loaded: Callable[..., Model], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Record, Path, Path]:
+    """The record of a version with a batch of weights and two that lie over them, which one trained file reads; its
+    store, and a bundle that nobody tampers with."""
+    model, store = loaded("llama"), Store(tmp_path_factory.mktemp("store"))
+    with louder():
+        tiny.apply(model, store, tiny.FACTS[:1], corpus, steps=1)
+        content = trained(store.artifacts_dir, layers=[1])
+        lay(model, store, tiny.FACTS[1:2], corpus, artifact=content)
+        version = lay(model, store, tiny.FACTS[2:], corpus, artifact=content)
+    record = _record(store, version)
+    folder = tmp_path_factory.mktemp("bundle") / "laid"
+    return record, store.root, bundle(record, store.deltas_dir, store.artifacts_dir, folder).folder
+
+
+def test_what_reads_an_overlay_travels_with_it(beside: tuple[Record, Path, Path]) -> None:
+    """Named and byte for byte; the record is otherwise what it was. Of weights alone nothing travels beside."""
+    record, root, folder = beside
+    back = read_bundle(folder)
+    assert replace(back, trained=()) == record and len(back.trained) == 1
+    (file,) = (folder / "artifacts").iterdir()
+    assert file.stem == back.trained[0] and file.read_bytes() == (root / "artifacts" / file.name).read_bytes()
+    delta = delta_files.load(back.deltas[-1], folder / "deltas")
+    assert delta.overlay is not None and [entry["id"] for entry in delta.overlay.entries] == ["curie", "rome"]
+
+
+def test_what_a_batch_was_written_with_travels_too(made: Callable[..., Made], tmp_path: Path) -> None:
+    """Also where reading its weights does not need it, so that it can be sought anew elsewhere."""
+    one, files = made("llama"), tmp_path / "files"
+    library = tmp_path / "library"
+    content = trained(library, method="mend")
+    params = methods.settings({"num_hidden_layers": 4}, "mend", {"artifact": content}).to_params()
+    names = [delta_files.save(replace(delta, params=params), files) for delta in one.deltas]
+    where = dict(zip(one.record.deltas, names, strict=True))
+    edits = tuple(replace(placed, delta=where[placed.delta]) for placed in one.record.edits)
+    record = replace(one.record, deltas=tuple(names), edits=edits)
+    bundle(record, files, library, tmp_path / "out")
+    assert read_bundle(tmp_path / "out") == replace(record, trained=(content,))
+
+
+def test_a_bundle_of_a_trained_file_that_is_missing_or_changed_is_not_written(
+    beside: tuple[Record, Path, Path], tmp_path: Path
+) -> None:
+    """The store's own fault, said as such."""
+    record, root, _ = beside
+    library = shutil.copytree(root / "artifacts", tmp_path / "library")
+    (file,) = library.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"trained file .* not what was written"):
+        bundle(record, root / "deltas", library, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(StoreError, match=r"trained file .* missing") as caught:
+        bundle(record, root / "deltas", library, tmp_path / "out")
+    assert "backup" in caught.value.hint and not (tmp_path / "out").exists()
+
+
+def test_a_bundle_of_before_there_were_trained_files_is_read(
+    made: Callable[..., Made], whole_bundle: Path, tmp_path: Path
+) -> None:
+    """It names none, and is what it was."""
+    copy = Bundle(shutil.copytree(whole_bundle, tmp_path / "bundle"))
+    copy.change(..., "trained")
+    assert read_bundle(copy.folder) == made("llama").record
+
+
+def test_what_was_found_out_in_lists_of_numbers_travels(whole_bundle: Path, tmp_path: Path) -> None:
+    """Nested up to three deep, in dicts or lists, empty ones too."""
+    copy = Bundle(shutil.copytree(whole_bundle, tmp_path / "bundle"))
+    copy.tell(found={"anchor": 2, "means": [0.5, -1], "by block": {"1": [[1.0, 2.0], [3.0]], "2": []}, "none": {}})
+    assert read_bundle(copy.folder).deltas[0] != read_bundle(whole_bundle).deltas[0]
+
+
+def fewer_rows(b: Bundle) -> None:
+    b.lay(tensors={name: tensor[:1] for name, tensor in b.delta(-1).overlay.tensors.items()})
+
+
+LAID: dict[str, tuple[Callable[[Bundle], Any], str]] = {
+    "a hostile name": (lambda b: b.change("../" * 9 + "etc/x", "trained", 0), "trained file's name is not 32"),
+    "a name that is no text": (lambda b: b.change(7, "trained", 0), "trained.0"),
+    "a name twice": (lambda b: b.change([b.trained.stem] * 2, "trained"), "named twice"),
+    "a trained file that is not named": (lambda b: b.change([], "trained"), "trained file that is not named"),
+    "a trained file that nobody needs": (
+        lambda b: b.change([b.trained.stem, trained(b.folder / "artifacts", number=5.0)], "trained"),
+        "no batch needs it",
+    ),
+    "no trained file": (lambda b: b.trained.unlink(), "no file artifacts/"),
+    "a changed trained file": (lambda b: b.trained.write_bytes(b.trained.read_bytes()[:-1]), "not what was written"),
+    "a trained file that is too large": (lambda b: b.trained.write_bytes(bytes(10_001)), "at most 10000"),
+    "a link out to the trained file": (lambda b: b.link(b.trained), "leads out"),
+    "a pipe of training": (lambda b: (os.mkfifo(f"{b.trained}p"), os.replace(f"{b.trained}p", b.trained)), "no file"),
+    "training by bytes": (lambda b: b.train(b"nothing of the kind"), "no trained file"),
+    "training by another program": (lambda b: b.train(safetensors.torch.save({"a": torch.ones(1)})), "no trained file"),
+    "training that is a factor file": (lambda b: b.train(b.factors[0].read_bytes()), "no trained file"),
+    "training for another method": (lambda b: b.retrain(method="serac"), "for this model and the method"),
+    "training for a list of methods": (lambda b: b.retrain(method=["ike"]), "for this model and the method"),
+    "training for another model": (lambda b: b.retrain(base="0" * 32), "for this model and the method"),
+    "training without a name": (lambda b: b.retrain(name=None), "what it is called"),
+    "training at no time": (lambda b: b.retrain(created_at="zzzz"), "when it was made"),
+    "training for blocks of text": (lambda b: b.retrain(layers=["1"]), "not numbers of blocks"),
+    "training for blocks that are a number": (lambda b: b.retrain(layers=3), "not numbers of blocks"),
+    "training in half precision": (lambda b: b.retrain(tensors={"w": torch.ones(1).half()}), "not in fp32"),
+    "a trained file elsewhere": (
+        lambda b: b.tell(-1, params={**b.delta(-1).params, "artifact": "../" * 9 + "etc/x"}),
+        "not those of a method",
+    ),
+    "a reader elsewhere": (lambda b: b.lay(artifact="../" * 9 + "etc/x"), "trained file that is not named"),
+    "a reader that is a list": (lambda b: b.lay(artifact=[1]), "not keys and values"),
+    "an unknown kind": (lambda b: b.lay(kind="\x1b[2J"), "kind that this editctl does not know"),
+    "a kind that is a list": (lambda b: b.lay(kind=["ike"]), "kind that this editctl does not know"),
+    "entries that are texts": (lambda b: b.say(entries=["a", "b"]), "not keys and values"),
+    "entries that are a text": (lambda b: b.say(entries="ab"), "not keys and values"),
+    "entries that are nothing": (lambda b: b.say(entries=None), "no factor file"),
+    "settings that are a list": (lambda b: b.say(settings=[1]), "not keys and values"),
+    "an entry less": (lambda b: b.lay(entries=b.delta(-1).overlay.entries[:1]), "an entry for each edit"),
+    "an entry of another edit": (lambda b: b.enter(id="ada"), "an entry for each edit"),
+    "an entry of no edit": (lambda b: b.enter(id=None), "an entry for each edit"),
+    "entries the other way round": (lambda b: b.tell(-1, columns=(1, 0)), "does not hold|an entry for each edit"),
+    "no places": (lambda b: b.tell(-1, places=()), "an entry for each place"),
+    "prompts of one": (lambda b: b.tell(-1, together=(("a",),)), "an entry for each place"),
+    "an entry with no number": (lambda b: b.enter(score=NAN), "not finite"),
+    "a setting without end": (lambda b: b.lay(settings={"radius": float("inf")}), "not finite"),
+    "an entry that is too long": (lambda b: b.enter(prompt="x" * 1_000_001), "more than 1000000 characters"),
+    "rows of one": (fewer_rows, "a row for each entry"),
+    "a tensor without rows": (lambda b: b.lay(tensors={"keys": torch.tensor(1.0)}), "a row for each entry"),
+    "an overlay in bytes": (lambda b: b.lay(tensors={"keys": torch.ones(2, 3, dtype=torch.uint8)}), "not in fp32"),
+    "an overlay in half precision": (lambda b: b.rename(halved(b, -1), -1), "not in fp32"),
+    "an overlay that is no number": (lambda b: b.lay(tensors={"keys": torch.full((2, 3), NAN)}), "not finite"),
+    "an overlay of another width": (lambda b: b.lay(tensors={"keys": torch.ones(2, 4)}), "does not fit those before"),
+    "an overlay of other tensors": (lambda b: b.lay(tensors={"values": torch.ones(2, 3)}), "does not fit those before"),
+    "an overlay of weights": (lambda b: b.tell(-1, params=b.delta(0).params), "something else than its method writes"),
+    "an overlay that is nothing": (lambda b: b.tell(-1, overlay=None), "does not hold all edits"),
+}
+
+
+@pytest.mark.parametrize("how", LAID)
+def test_a_bundle_whose_overlay_was_tampered_with_is_refused(
+    beside: tuple[Record, Path, Path], monkeypatch: pytest.MonkeyPatch, how: str, tmp_path: Path
+) -> None:
+    """With what is wrong and a remedy, never a traceback; whole it is read."""
+    copy = Bundle(shutil.copytree(beside[2], tmp_path / "bundle"))
+    monkeypatch.setattr(export, "LARGEST_TRAINED", 10_000)
+    assert read_bundle(copy.folder).deltas == beside[0].deltas
+    tamper, message = LAID[how]
+    tamper(copy)
+    with pytest.raises((InvalidInput, StoreError), match=message) as caught:
+        read_bundle(copy.folder)
+    assert caught.value.hint and str(caught.value).isprintable()
+    assert str(copy.folder) in caught.value.message and len(caught.value.message) < 1000
+
+
+def test_an_overlay_that_was_rewritten_without_a_fault_is_read(
+    beside: tuple[Record, Path, Path], tmp_path: Path
+) -> None:
+    """Control for the above, by the same means: another text, other numbers, another trained file; other settings need
+    not fit those before."""
+    copy = Bundle(shutil.copytree(beside[2], tmp_path / "bundle"))
+    copy.enter(prompt="x" * 1000, score=0.5)
+    copy.lay(tensors={"keys": torch.ones(2, 3)})
+    copy.retrain(name="second")
+    assert read_bundle(copy.folder).trained != read_bundle(beside[2]).trained
+    copy.lay(tensors={"keys": torch.ones(2, 4)}, settings={"reach": 0.25})
+    assert read_bundle(copy.folder).edits[-1].edit == tiny.FACTS[3]
 
 
 def test_a_rewritten_bundle_without_a_fault_is_read(whole_bundle: Path, tmp_path: Path) -> None:
@@ -1144,9 +1372,18 @@ def test_every_text_stands_in_its_cell_as_it_is(text: str) -> None:
     edit = tiny.an_edit("id", subject="", relation=text, target_new="next")
     for name, value in {**values, "edits": (Placed(edit, "", 0),)}.items():
         object.__setattr__(record, name, value)
-    table = "\n".join(["---", "---", *export._edit_table(record)])
+    table = "\n".join(["---", "---", *export._edit_table(record, {})])
     ((_, prompt, target, *_),) = cells_of(rendered(table), "edit")
     assert (prompt, target) == (visible(text, 500) or "–", "next")
+
+
+def test_the_card_says_which_edits_are_overlays(beside: tuple[Record, Path, Path], whole_bundle: Path) -> None:
+    """In the last column of their rows, and once in words what that means; of weights alone neither is said."""
+    text = (beside[2] / "README.md").read_text()
+    tokens = rendered(text)
+    assert [row[-1] for row in cells_of(tokens, "edit")] == ["weights", *["overlay (ike)"] * 3]
+    assert "lies in" in text and "editctl.load" in text
+    assert "overlay" not in (whole_bundle / "README.md").read_text()
 
 
 def test_the_card_lists_every_edit_and_every_metric(made: Callable[..., Made]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -335,15 +336,28 @@ def test_a_version_of_very_many_edits_shows_the_first(rows: int | None, shown: i
 # Methods and expectations
 
 
-def test_the_table_of_methods_says_what_each_is_needs_and_how_it_preserves() -> None:
-    """One row a method: its family, its equation and paper, and what preservation does to it."""
-    lines = " ".join(rendered(report.methods_view(list(METHODS.values())), 120).split())
-    for method in METHODS.values():
-        for words in (method.family, method.summary, method.equation, method.paper):
-            assert " ".join(words.split()) in lines
-        assert f"needs {method.needs}; null space: {method.preservation} {method.paper}" in lines
-    alone = rendered(report.methods_view([METHODS["ft"]]), 120)
-    assert "needs nothing; null space: every step is projected" in alone and "MEMIT" not in alone
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_of_methods_says_what_each_is_needs_and_how_it_preserves(width: int) -> None:
+    """By family, a rule before each: in columns what a method changes and needs, how an edit is dropped and what
+    preservation does; under them what it does, its equation and its paper. Nothing is wider than the screen or cut."""
+    head, *lines = rendered(report.methods_view(list(METHODS.values())), width).splitlines()
+    starts = [head.index(word) for word in ("changes", "needs", "drop", "null space")]
+    assert max(cell_len(line.rstrip()) for line in lines) <= width and "…" not in head
+    rules = [number for number, line in enumerate(lines) if "───" in line]
+    assert [lines[number].split()[0] for number in rules] == list(dict.fromkeys(m.family for m in METHODS.values()))
+    rows = [number for number, line in enumerate(lines) if line[:1] != " " and number not in rules]
+    assert [lines[number].split()[0] for number in rows] == list(METHODS)
+    for number, method in zip(rows, METHODS.values(), strict=True):
+        end = min(other for other in [*rows, *rules, len(lines)] if other > number)
+        block = lines[number:end]
+        assert lines[max(rule for rule in rules if rule < number)].startswith(f"{method.family} ")
+        facts = (method.changes, method.needs, method.drop, method.preservation or "-")
+        for fact, start, stop in zip(facts, starts, [*starts[1:], None], strict=True):
+            assert " ".join(" ".join(line[start:stop] for line in block).split()).startswith(fact), method.name
+        below = " ".join(" ".join(line[starts[0] :] for line in block).split())
+        assert below.endswith(" ".join(f"{method.summary} {method.equation} {method.paper}".split())), method.name
+    alone = rendered(report.methods_view([METHODS["ft"]]), width)
+    assert "every step is" in alone and "MEMIT" not in alone
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,21 @@ def put_tensors(path: Path, about: dict[str, Any], *names: str, size: int = 4) -
     return path.stat().st_size
 
 
+def an_about(artifact: str = "", kind: str = "", reader: str = "") -> dict[str, Any]:
+    """What a factor file says of itself, of an overlay too where a kind is named."""
+    over = {"overlay": {"kind": kind, "artifact": reader}} if kind else {}
+    return {"format": 2 if kind else 1, "params": {"artifact": artifact}, **over}
+
+
+def test_a_footprint_names_what_lies_over_the_weights_last(store: Store) -> None:
+    """By its kind, whatever tensors it has, each once."""
+    files = {"a": an_about(kind="serac"), "b": an_about(), "c": an_about(kind="grace"), "d": an_about(kind="serac")}
+    tensors = {"a": ("overlay/dense",), "b": THIN, "c": (), "d": ("overlay/keys",)}
+    size = sum(put_tensors(store.deltas_dir / f"{n}.safetensors", files[n], *tensors[n]) for n in files)
+    version = commit(store, edits=tuple(LiveEdit(an_edit(i), name, 0) for i, name in enumerate(files)))
+    assert store.footprint(version) == (4, size, ("thin", "grace", "serac"))
+
+
 THIN = ("m.keys", "m.residuals", "m.factor")
 OF_KIND = {"thin": (*THIN, "m.left", "m.right"), "sparse": (*THIN, "m.mask"), "dense": (*THIN, "m.dense")}
 
@@ -979,6 +994,32 @@ def test_a_commit_that_names_a_missing_factor_file_is_refused(store: Store) -> N
 
     put_factor(store, "d1")
     assert commit(store, edits=edits) == store.head()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [an_about("trained"), an_about(kind="serac", reader="trained"), an_about("trained", "serac", "trained")],
+    ids=["written with", "read by", "both"],
+)
+def test_a_commit_that_needs_a_missing_trained_file_is_refused(store: Store, about: dict[str, Any]) -> None:
+    """Whichever of its batches needs it, also one that the parent has; accepted once the file is there."""
+    put_tensors(store.deltas_dir / "d0.safetensors", an_about())
+    put_tensors(store.deltas_dir / "d1.safetensors", about)
+    edits = (LiveEdit(an_edit(0), "d0", 0), LiveEdit(an_edit(1), "d1", 0))
+    first = commit(store, edits=edits[:1])
+
+    def refused(*edits: LiveEdit) -> None:
+        with pytest.raises(StoreError, match=r"trained file .*trained\.safetensors is missing.*d1\.safet") as caught:
+            commit(store, edits=edits)
+        assert "backup" in caught.value.hint
+
+    refused(*edits)
+    assert store.versions() == [first]
+    path = store.artifacts_dir / "trained.safetensors"
+    put_tensors(path, {})
+    assert commit(store, edits=edits) == store.head()
+    path.unlink()
+    refused(*edits, live(store, 2, "d2"))
 
 
 def test_a_commit_on_an_unknown_parent_is_refused(store: Store) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
 import pytest
-from screens import BOOKS, LANDMARKS, NARROW, Screen, play, workspace
-from scripted import STUBBORN, Engine
+from screens import BOOKS, LANDMARKS, NARROW, WIDE, Screen, play, workspace
+from scripted import STUBBORN, Engine, Scripted
 
+from editctl.spec import load
 from editctl.store import Store
 
 
@@ -399,6 +401,46 @@ def test_another_program_that_writes_is_named_and_its_result_appears(folder: Pat
         assert "eve@far" not in screen.lines[1]
 
     play(script, folder, engine=engine, poll=0.05)
+
+
+@pytest.mark.parametrize(
+    ("size", "edit", "shown"),
+    [
+        (WIDE, "tower", ["memory hit: edit tower (serac, score 0.98)"]),
+        (NARROW, "tower", ["memory hit: edit tower", "(serac, score 0.98)"]),
+        (NARROW, "[b]\x1b[31m\u202e" + "Llan" * 60, [r"memory hit: edit [b]\x1b[31m\u202eL…", "(serac, score 0.98)"]),
+    ],
+    ids=["wide", "narrow", "hostile"],
+)
+def test_asking_names_the_edit_of_an_overlay_that_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], edit: str, shown: list[str]
+) -> None:
+    """Under the answer of the version that has overlays, in whole lines; that none did is told there and only there."""
+    engine, said = Engine(folder / "store"), Scripted.line
+    head = engine.make(engine.plan_of(*load([Path("specs")])[:1])).id
+
+    async def line(self: Scripted) -> str:
+        """Only of the head, only what names the tower."""
+        reply = json.loads(await said(self))
+        if reply.get("version") == head:
+            reply["overlays"] = ["serac"]
+            hit = {"kind": "serac", "edit": edit, "score": 0.984, "sent": "read this"}
+            reply["answers"] = [{**a, "hit": hit if "tower" in a["prompt"] else None} for a in reply["answers"]]
+        return json.dumps(reply)
+
+    async def script(screen: Screen) -> None:
+        await screen.press("6", *"tower", "enter")
+        await screen.until(lambda: screen.text.count("75.0 %") == 2, "both answers")
+        (base, at), *more = [[cell.strip() for cell in line.split("││")] for line in screen.lines if "││" in line][2:]
+        assert at.rstrip("│ ") == shown[0] and not base.strip("│ ")
+        assert [row[1].rstrip("│ ") for row in more[: len(shown)]] == [*shown[1:], ""]
+        assert all(line.isprintable() for line in screen.lines) and "read this" not in screen.text
+        await screen.press("escape", "slash", *["backspace"] * 5, *"clock", "enter")
+        await screen.shows("no hit")
+        assert screen.text.count("no hit") == 1 and "memory" not in screen.text
+
+    monkeypatch.setattr(Scripted, "line", line)
+    play(script, folder, size=size, engine=engine)
 
 
 def test_every_place_fits_a_small_terminal_and_names_its_keys(folder: Path) -> None:

@@ -136,7 +136,7 @@ def expected(shape: Shape, settings: Settings, new: int, asked: int, device: str
     # Weights are stored in half precision unless they are small; loading them as fp32 on the CPU doubles them.
     weights = shape.weights * (2 if width == SINGLE else 1)
     layers, engine = len(settings.layers), state(shape, len(settings.layers), new, settings)
-    above = max(shape.blocks - settings.layers[-1] - 1, 1)
+    above = max(shape.blocks - max(settings.layers, default=shape.blocks) - 1, 1)
     passing = ROWS * SUFFIX * above * (8 * shape.hidden + 4 * shape.key) * SINGLE
     head = ROWS * 2 * shape.vocabulary * SINGLE * 3
     spare = layers * shape.matrix * width
@@ -151,5 +151,5 @@ def expected(shape: Shape, settings: Settings, new: int, asked: int, device: str
     # Forward and backward through the blocks above, and the head at about one position a row.
     step = 4 * 7 * (SUFFIX / 2 * above * block + shape.vocabulary * shape.hidden)
     rate = RATE.get(where, RATE["cpu"])
-    seconds = (new * step * settings.target.steps + 2 * asked * 16 * 2 * parameters) / rate
+    seconds = (new * step * settings.passes + 2 * asked * 16 * 2 * parameters) / rate
     return Expected(memory, seconds, f"assuming {rate:.0e} FLOP/s")

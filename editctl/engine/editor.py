@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from editctl import delta as delta_files
 from editctl.delta import Delta, Factors
 from editctl.engine import keys as key_room
-from editctl.engine.methods import Settings, Tune
+from editctl.engine.families import writer_of
+from editctl.engine.methods import Settings
 from editctl.engine.model import Editing, Model
 from editctl.engine.post import finish
 from editctl.engine.prompts import Group, Request
@@ -26,7 +28,7 @@ from editctl.engine.prompts import groups as group_requests
 from editctl.engine.solve import Kernel, Projector, strongest
 from editctl.engine.statistics import Moment
 from editctl.engine.target import optimise
-from editctl.engine.tune import tune as fine_tune
+from editctl.engine.writing import Job, Update, Written
 from editctl.events import Emit, LayerSolved, Note, StageStarted
 
 
@@ -83,13 +85,19 @@ class Editor:
         contexts: Sequence[str],
         emit: Emit,
         clock: Clock | None = None,
+        library: Path = Path(),
     ) -> None:
+        """
+        Args:
+            library: where trained files lie.
+        """
         self._model = model
         self._clock = clock or Clock()
         self._editing = editing
         self._moments_of = moments_of
         self._contexts = contexts
         self._emit = emit
+        self._library = library
         self._kernels: dict[tuple[object, ...], tuple[Kernel, list[tuple[int, tuple[int, ...]]]]] = {}
         """Kernels with the columns of each batch that are in their history."""
         self._facts: list[tuple[Request, ...]] = []
@@ -105,10 +113,26 @@ class Editor:
     # What is on the weights
 
     def wear(self, delta: Delta, facts: Sequence[Request]) -> None:
-        """Add a batch that was solved before, with the facts of its edits."""
+        """Add a batch that was written before, with the facts of its edits."""
         for module, factors in delta.modules.items():
             self._put(module, factors)
         self._add(delta, facts)
+
+    def keep(self, delta: Delta, facts: Sequence[tuple[Request, int]]) -> None:
+        """Lay a batch over the weights with only some of its facts (each with its column): the others' entries go."""
+        assert delta.overlay is not None
+        columns = [column for _, column in facts]
+        requests = [request for request, _ in facts]
+        made = replace(
+            delta,
+            # As its entries have them: what an edit is called may have changed since, which changes no file.
+            edits=tuple(delta.edits[c] for c in columns),
+            columns=tuple(range(len(facts))),
+            places=tuple(delta.places[c] for c in columns),
+            together=tuple(delta.together[c] for c in columns),
+            overlay=delta.overlay.only(columns),
+        )
+        self._add(made, requests)
 
     def _put(self, module: str, factors: Factors) -> None:
         with self._clock.stage("write"):
@@ -116,6 +140,8 @@ class Editor:
         self._parts.setdefault(module, []).append(factors)
 
     def _add(self, delta: Delta, facts: Sequence[Request]) -> None:
+        if delta.overlay is not None:
+            self._editing.lay(delta.overlay)
         self.deltas.append(delta)
         self._facts.append(tuple(facts))
         self._parts = {}
@@ -123,20 +149,23 @@ class Editor:
     # New edits
 
     def edit(self, requests: Sequence[Request], settings: Settings, number: int) -> Delta:
-        """Solve and write one batch of new requests."""
-        if settings.tune is not None:
-            delta = self._tune(requests, settings, settings.tune, number)
-        else:
+        """Write one batch of new requests."""
+        writer = writer_of(settings)
+        if writer is None:
             delta = self._solve_batch(requests, settings, number)
+        else:
+            delta = self._have_written(writer, requests, settings, number)
         self._add(delta, requests)
-        for layer in settings.layers:
+        for layer in settings.layers if delta.modules else ():
             block = self._model.blocks[layer]
             norm = float(block.weight.float().norm())
             self._emit(_layer_solved(number, layer, delta.modules[block.down_name], norm))
         return delta
 
     def _solve_batch(self, requests: Sequence[Request], settings: Settings, number: int) -> Delta:
-        earlier = [fact for facts in self._facts for fact in facts]
+        # What lies over the weights is no business of theirs, and goes without them.
+        written = zip(self.deltas, self._facts, strict=True)
+        earlier = [fact for delta, facts in written if delta.modules for fact in facts]
         groups = group_requests(requests, earlier, joint=settings.target.joint)
         # ROME's values are met exactly, which those of several subjects at once need not allow.
         units = [[group] for group in groups] if settings.ridge.hard else [groups]
@@ -250,23 +279,49 @@ class Editor:
             self._emit(Note(f"{given_up} values are more than twice as long as the model's own and are given up"))
         return torch.where(norms > 2 * anchor, torch.zeros_like(push), values * anchor / norms - writes)
 
-    def _tune(self, requests: Sequence[Request], settings: Settings, tune: Tune, number: int) -> Delta:
-        """Fine-tune on one batch of new requests."""
-        (layer,) = settings.layers
-        self._emit(StageStarted("target", tune.epochs, number))
+    def _have_written(
+        self, writer: Callable[[Job], Written], requests: Sequence[Request], settings: Settings, number: int
+    ) -> Delta:
+        """Have a batch of new requests written by another room, and keep the keys at their places beside it."""
         space = settings.null_space
-        projector = Projector(self._moment(settings, layer), space, self._model.device) if space else None
+
+        def projector(layer: int) -> Projector | None:
+            return Projector(self._moment(settings, layer), space, self._model.device) if space else None
+
+        alike = [delta.found for delta in self.deltas if delta.params["method"] == settings.method]
         with self._clock.stage("target"):
-            update = fine_tune(self._model, layer, requests, tune, projector=projector, emit=self._emit, batch=number)
-        # The keys are kept, so that later batches of other methods preserve what was tuned.
-        keys = key_room.Staged(self._model, requests, self._contexts, layer, self._emit).stage(layer)
-        mixed = keys.keys(settings.write.keys).float().cpu()
-        factors = Factors(mixed, update @ mixed, torch.zeros(0, mixed.shape[0]), dense=update)
-        module = self._model.blocks[layer].down_name
-        self._put(module, factors)
-        prompts = tuple((r.prompt,) for r in requests)
-        ids, places = tuple(r.id for r in requests), tuple(r.place for r in requests)
-        return Delta(ids, {module: factors}, settings.to_params(), places=places, together=prompts)
+            written = writer(
+                Job(
+                    model=self._model,
+                    requests=requests,
+                    settings=settings,
+                    number=number,
+                    emit=self._emit,
+                    library=self._library,
+                    projector=projector,
+                    earlier=alike,
+                )
+            )
+        modules: dict[str, Factors] = {}
+        if written.updates:
+            # The keys are kept, so that later batches of other methods preserve what was written.
+            staged = key_room.Staged(self._model, requests, self._contexts, max(written.updates), self._emit)
+            for layer, update in written.updates.items():
+                with self._clock.stage("keys"):
+                    keys = staged.stage(layer).keys(settings.write.keys).float().cpu()
+                module = self._model.blocks[layer].down_name
+                modules[module] = _factors(keys, update)
+                self._put(module, modules[module])
+                staged.written(layer)
+        return Delta(
+            tuple(r.id for r in requests),
+            modules,
+            settings.to_params(),
+            places=tuple(r.place for r in requests),
+            together=tuple((r.prompt,) for r in requests),
+            found=written.found,
+            overlay=written.overlay,
+        )
 
     # The solve
 
@@ -452,19 +507,19 @@ def _outlasting(batches: Sequence[tuple[Delta, Sequence[tuple[Request, int]]]]) 
     return {request: found[request] for _, facts in batches for request, _ in facts}
 
 
-def solvable(delta: Delta) -> bool:
-    """Whether a batch can be solved again without gradients, from what is stored."""
-    settings = Settings.from_params(delta.params)
-    write = settings.write
-    if settings.tune is not None or write.rounds > 1 or write.neurons < 1:
-        return False
-    # The keys at which ROME measures values are not stored; met exactly, no column depends on another.
-    return not write.post if settings.ridge.hard else write.keys != "rome"
+def _factors(keys: Tensor, update: Update) -> Factors:
+    """An update with the keys (d_in × n) at its edits' places, and what it moves at them as residuals."""
+    none = torch.zeros(0, keys.shape[0])
+    if isinstance(update, Tensor):
+        return Factors(keys, update @ keys, none, dense=update)
+    left, right = update
+    return Factors(keys, left @ (right @ keys), none, left, right)
 
 
 def foldable(delta: Delta) -> bool:
     """Whether a batch can become part of another from what is stored: ROME writes its facts one at a time."""
-    return solvable(delta) and not Settings.from_params(delta.params).ridge.hard
+    settings = Settings.from_params(delta.params)
+    return settings.solvable and not settings.ridge.hard
 
 
 def _layer_solved(number: int, layer: int, factors: Factors, weight_norm: float) -> LayerSolved:

@@ -75,6 +75,14 @@ POST = ("rect", "prune", "sphere")
 SPREADS, KEYS, SITES = ("even", "root", "full"), ("mixed", "mean", "rome"), ("block", "mlp")
 
 
+def solvable(write: Write, *, hard: bool) -> bool:
+    """Whether a batch that was solved for can be solved again from what is stored of it, without gradients."""
+    if write.rounds > 1 or write.neurons < 1:
+        return False
+    # The keys at which ROME measures values are not stored; met exactly, no column depends on another.
+    return not write.post if hard else write.keys != "rome"
+
+
 @dataclass(frozen=True)
 class TargetSettings:
     """How target vectors are optimised; sizes are relative to the hidden state unless `published`."""
@@ -106,7 +114,7 @@ class TargetSettings:
 
 @dataclass(frozen=True)
 class Tune:
-    """Fine-tuning of one down-projection (Zhu et al. 2020; Meng et al. 2022, code)."""
+    """Fine-tuning of down-projections (Zhu et al. 2020; Meng et al. 2022, code)."""
 
     epochs: int = 25
     """Most passes over a batch."""
@@ -119,7 +127,66 @@ class Tune:
     prompt's last position."""
     box: float = 0.0
     """Largest change of an entry as a share of the weight's root mean square (L∞); 0 is unbounded."""
+    minibatch: int = 0
+    """Edits of one step, drawn anew in every pass over the batch (LocFT-BF); 0 takes the whole batch."""
+    ending: bool = False
+    """Whether the text shall end behind the target (LocFT-BF)."""
+    rank: int = 0
+    """Rank of the update that is trained in place of the matrix (LoRA); 0 trains the matrix."""
 
+
+@dataclass(frozen=True)
+class Learned:
+    """Updates made by a trained network from one gradient (De Cao et al. 2021, Mitchell et al. 2022)."""
+
+    strength: float = 1.0
+    """What the network's updates are multiplied by."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Updates solved from one gradient under running normalisation (UltraEdit)."""
+
+    ultra_rate: float = 1.0
+    """η, the size of the values that are solved for, where the normalisation makes 1 the usual one."""
+    ultra_ridge: float = 1.0
+    """What every change is weighed by, as a share of the mean squared norm of the inputs."""
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Values that a block puts out where its key is near that of an edit (GRACE, Hartvigsen et al. 2023)."""
+
+    radius: float = 0.2
+    """ε of a new key, as a share of its norm: the farthest another key may be to be taken for it."""
+    value_steps: int = 50
+    """Most gradient steps for a value."""
+    value_rate: float = 0.2
+    """Adam's step as a share of the root mean square of what the block puts out."""
+    value_stop: float = 0.05
+    """NLL of the target, nats a token, at which a value is done."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A memory beside the model, asked when a trained classifier finds a prompt to be about an edit (SERAC)."""
+
+    threshold: float = 0.5
+    """Least probability at which a prompt counts as being about an edit."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The edit and demonstrations in front of a prompt (IKE, Zheng et al. 2023)."""
+
+    demonstrations: int = 16
+    """Most demonstrations in front of a prompt; fewer where the model cannot read so much."""
+    nearness: float = 0.3
+    """Least likeness, 0 to 1, of a prompt to that of an edit at which the edit is put in front; at 0 the nearest is."""
+
+
+Own = Learned | Normalised | Codebook | Scope | Context
+"""Settings of the families that neither solve nor fine-tune."""
 
 OBJECTIVES = ("target", "last")
 
@@ -150,35 +217,72 @@ class Method:
     null_space: NullSpace | None = None
     layers: str = "all"
     """Which of the model's blocks: `all` edited ones, the `single` one of one-block methods, the `ends` (first and
-    last), or the `deep` one that is fine-tuned."""
+    last), the `deep` one that is fine-tuned, the `upper` three, or `none`."""
     write: Write = Write()
     target: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the model's own target settings."""
     tune: Tune | None = None
+    own: Own | None = None
+    trained: bool = False
+    """Whether it reads a file that `editctl train` makes."""
     batch: int = 100
 
     @property
     def needs(self) -> str:
-        """What must be measured before the first edit."""
+        """What must be there before the first edit."""
+        if self.trained:
+            return f"what `editctl train {self.name}` makes"
         if self.null_space or self.weight or self.l2:
             return "second moments of the edited blocks' keys"
         return "nothing"
 
     @property
+    def changes(self) -> str:
+        """What an edit changes: the model's `weights`, or what is laid over them, an `overlay`."""
+        return "overlay" if isinstance(self.own, Codebook | Scope | Context) else "weights"
+
+    @property
     def preservation(self) -> str:
-        """How `preserve = "null-space"` acts on it."""
-        if self.tune:
+        """How `preserve = "null-space"` acts on it; "" where there are no weights to preserve."""
+        if self.changes == "overlay":
+            return ""
+        if self.tune and not self.tune.rank:
             return "every step is projected"
-        if set(self.write.post) & {"rect", "sphere"} or self.write.neurons < 1:
-            return "the finished update is projected"
-        return "in the solve"
+        projects = set(self.write.post) & {"rect", "sphere"} or self.write.neurons < 1 or self.tune or self.own
+        return "the finished update is projected" if projects else "in the solve"
+
+    @property
+    def update(self) -> str:
+        """What a batch keeps on disk: a `thin`, `sparse` or `dense` update, or the `entries` of an overlay."""
+        if self.changes == "overlay":
+            return "entries"
+        if self.tune:
+            return "thin" if self.tune.rank else "dense"
+        return "sparse" if "rect" in self.write.post else "thin"
+
+    @property
+    def drop(self) -> str:
+        """How one edit is taken out of a batch; `undo` is exact for all."""
+        if self.changes == "overlay":
+            return "its entry goes"
+        solved = not (self.tune or self.own) and solvable(self.write, hard=self.hard)
+        return "the rest is solved again" if solved else "the rest is sought anew"
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The formats that can hold it."""
+        if self.changes == "overlay":
+            return ("delta",)
+        return ("merged", "peft", "delta") if self.update == "thin" else ("merged", "delta")
 
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values."""
-        return {**asdict(self), "needs": self.needs, "preservation": self.preservation}
+        said = ("needs", "changes", "preservation", "update", "drop", "exports")
+        return {**asdict(self), **{name: getattr(self, name) for name in said}, "undo": "exact"}
 
 
-LOCATE, TUNE = "locate-then-edit", "fine-tuning"
+LOCATE, TUNE, META = "locate-then-edit", "fine-tuning", "meta-learning"
+MEMORY, CONTEXT, FREE = "memory-based", "in-context", "training-free"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -363,6 +467,81 @@ METHODS: dict[str, Method] = {
             layers="deep",
             tune=Tune(objective="target"),
         ),
+        Method(
+            "locft-bf",
+            TUNE,
+            "FT-M over shuffled minibatches, the targets followed by the end of the text",
+            "LocFT-BF 2026, arXiv 2509.22072",
+            "fine-tunes one down-projection in many small steps that see every edit again and again",
+            layers="deep",
+            tune=Tune(minibatch=10, ending=True, tune_rate=0.02),
+        ),
+        Method(
+            "lora",
+            TUNE,
+            "W ← W + B A, B and A by Adam on the cross-entropy of the target's tokens",
+            "Hu et al. 2022, LoRA, eq. 3",
+            "trains a low-rank adapter of the edited down-projections through peft",
+            tune=Tune(rank=8),
+        ),
+        Method(
+            "ke",
+            META,
+            "W ← W + σ(η) (softmax(α) γᵀ ⊙ ∇W + softmax(β) δᵀ), α … η from an LSTM over prompt, old and new answer",
+            "De Cao et al. 2021, Editing Factual Knowledge in Language Models, eq. 5 and 6",
+            "a trained network gates the gradient of each edit: one forward and backward, no optimisation",
+            layers="upper",
+            own=Learned(),
+            trained=True,
+        ),
+        Method(
+            "mend",
+            META,
+            "W ← W − α Σ_t δ̃_t ũ_tᵀ, (ũ, δ̃) = g(u, δ), u and δ the factors of the gradient",
+            "Mitchell et al. 2022, Fast Model Editing at Scale, eq. 3 and 4",
+            "a trained network changes the two factors of each edit's gradient: one forward and backward",
+            layers="upper",
+            own=Learned(),
+            trained=True,
+        ),
+        Method(
+            "ultraedit",
+            FREE,
+            "Dᵀ = (HᵀH + ρ I)⁻¹ HᵀV, v = −η ‖ĥ‖² ĝ",
+            "UltraEdit 2026, arXiv 2505.14679, eq. 6 to 8",
+            "solves for gradients normalised by what all edits so far had; no subject, no training, no statistics",
+            layers="upper",
+            own=Normalised(),
+        ),
+        Method(
+            "serac",
+            MEMORY,
+            "p(y | x) = p_ψ(y | x, edit) where the scope of an edit holds x, else the model's own",
+            "Mitchell et al. 2022, Memory-Based Model Editing at Scale, eq. 1",
+            "keeps edits in a memory; a trained classifier finds the one a prompt is about, a small model answers it",
+            layers="none",
+            own=Scope(),
+            trained=True,
+        ),
+        Method(
+            "grace",
+            MEMORY,
+            "h ← v_i where ‖k − k_i‖ < ε_i for the nearest key k_i, else what the block puts out",
+            "Hartvigsen et al. 2023, Aging with GRACE, eq. 1",
+            "keeps a codebook of keys and values at one block; nothing else changes",
+            layers="deep",
+            own=Codebook(),
+        ),
+        Method(
+            "ike",
+            CONTEXT,
+            "p(y | demonstrations, edit, x)",
+            "Zheng et al. 2023, Can We Edit Factual Knowledge by In-Context Learning?, eq. 2",
+            "puts the edit and demonstrations in front of prompts that are like it; needs a model that reads them",
+            layers="none",
+            own=Context(),
+            trained=True,
+        ),
     )
 }
 
@@ -440,7 +619,10 @@ def _layers(rule: str, profile: Profile, blocks: int) -> tuple[int, ...]:
     if rule == "deep":
         # Block 21 of 32, in EasyEdit's and AlphaEdit's code.
         return (min(round(blocks * 21 / 32), max(blocks - 2, 0)),)
-    return profile.layers
+    if rule == "upper":
+        # The last three, in MEND's code.
+        return tuple(range(max(blocks - 3, 0), max(blocks, 1)))
+    return () if rule == "none" else profile.layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,6 +640,9 @@ class Settings:
     write: Write = field(default_factory=Write)
     target: TargetSettings = field(default_factory=TargetSettings)
     tune: Tune | None = None
+    own: Own | None = None
+    artifact: str = ""
+    """Content name of the trained file that the method reads; what users give is a name of it, or nothing."""
     batch_size: int = 100
     corpus: str = ""
     """Text of the second moments (`editctl.engine.corpus`); empty is the model's own."""
@@ -488,6 +673,8 @@ class Settings:
             values["write"] = Write(**{**values["write"], "post": tuple(values["write"]["post"])})
             values["target"] = TargetSettings(**values["target"])
             values["tune"] = Tune(**values["tune"]) if values["tune"] else None
+            if values.get("own"):
+                values["own"] = replace(find(values["method"]).own or Learned(), **values["own"])
             made = cls(**values)
             _check(made)
         except (KeyError, TypeError, InvalidInput) as error:
@@ -499,9 +686,28 @@ class Settings:
         return {name: getattr(holder, attribute) for name, (holder, attribute) in _places(self).items()}
 
     @property
+    def solves(self) -> bool:
+        """Whether it seeks target vectors and solves for them."""
+        return self.tune is None and self.own is None
+
+    @property
+    def solvable(self) -> bool:
+        """Whether a batch can be solved again without gradients, from what is stored."""
+        return self.solves and solvable(self.write, hard=self.ridge.hard)
+
+    @property
+    def passes(self) -> int:
+        """Most passes forward and backward that an edit takes."""
+        if self.tune is not None:
+            return self.tune.epochs
+        if isinstance(self.own, Codebook):
+            return self.own.value_steps
+        return self.target.steps if self.own is None else int(isinstance(self.own, Learned | Normalised))
+
+    @property
     def needs_moments(self) -> bool:
         """Whether the second moments of the layers have to be known."""
-        return self.tune is None or self.null_space is not None
+        return self.solves or self.null_space is not None
 
 
 _SAMPLES = {"float": 0.0, "int": 0, "bool": False, "str": ""}
@@ -515,8 +721,10 @@ def _check(made: Settings) -> None:
         InvalidInput: one is not valid.
     """
     find(made.method)
-    for holder in (made.ridge, made.write, made.target, made.tune, made):
+    for holder in (made.ridge, made.write, made.target, made.tune, made.own, made):
         for f in fields(holder) if holder is not None else ():
+            if f.name == "layers" and not made.layers and find(made.method).layers == "none":
+                continue
             if f.type in _SAMPLES or f.name in ("layers", "post"):
                 _fit(f.name, getattr(holder, f.name), _SAMPLES.get(str(f.type), ()), 0)
     if made.null_space is not None:
@@ -525,14 +733,17 @@ def _check(made: Settings) -> None:
         _fit(made.null_space.rule, made.null_space.value, 0.0, 0)
 
 
+PARTS = ("ridge", "write", "target", "tune")
+"""Fields of `Settings` that hold settings of their own, beside `own`."""
 FIXED = ("method", "corpus_content", "dtype")
 """Fields of `Settings` that no override names."""
 
 
 def _places(settings: Settings) -> dict[str, tuple[Any, str]]:
     """Where each setting is kept, by the name users give it."""
-    holders = [h for h in (settings.ridge, settings.write, settings.target, settings.tune, settings) if h is not None]
-    parts = {"ridge", "null_space", "write", "target", "tune", "published", *FIXED}
+    holders = [getattr(settings, name) for name in (*PARTS, "own")] + [settings]
+    holders = [holder for holder in holders if holder is not None]
+    parts = {*PARTS, "own", "null_space", "published", *FIXED}
     return {f.name.rstrip("_"): (holder, f.name) for holder in holders for f in fields(holder) if f.name not in parts}
 
 
@@ -564,8 +775,10 @@ def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any
     target = replace(_target(profile, todo.pop("published", False)), **row.target)
     ridge = Ridge(row.weight * profile.lambda_, row.l2, row.history, row.hard)
     layers = _layers(row.layers, profile, blocks)
-    result = Settings(method, layers, ridge, row.null_space, row.write, target, row.tune, row.batch)
-    result = replace(result, null_space=_null_space(result.null_space, todo))
+    result = Settings(method, layers, ridge, row.null_space, row.write, target, row.tune, row.own, batch_size=row.batch)
+    space = _null_space(result.null_space, todo)
+    # A switch for all methods of a workspace says nothing of those that change no weights.
+    result = replace(result, null_space=space if row.preservation else None)
     for key, value in todo.items():
         places = _places(result)
         if key not in places:
@@ -576,9 +789,9 @@ def settings(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any
             )
         holder, attribute = places[key]
         changed = replace(holder, **{attribute: _fit(key, value, getattr(holder, attribute), blocks)})
-        part = next((n for n in ("ridge", "write", "target", "tune") if getattr(result, n) is holder), None)
+        part = next((n for n in (*PARTS, "own") if getattr(result, n) is holder), None)
         result = changed if part is None else replace(result, **{part: changed})
-    if result.tune is not None and len(result.layers) != 1:
+    if result.tune is not None and not result.tune.rank and len(result.layers) != 1:
         raise InvalidInput(f"{method} fine-tunes one block, not {len(result.layers)}", "for example layers = [5]")
     return result
 
@@ -618,7 +831,7 @@ def _null_space(preset: NullSpace | None, overrides: dict[str, Any]) -> NullSpac
     return (preset or NULL_SPACE) if switch else preset
 
 
-SHARES = ("rect", "sphere_energy", "sphere", "neurons")
+SHARES = ("rect", "sphere_energy", "sphere", "neurons", "threshold", "nearness")
 """Settings that are at most 1."""
 CHOICES = {"spread": SPREADS, "keys": KEYS, "site": SITES, "objective": OBJECTIVES}
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,9 +23,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from editctl.delta import Factors, compose
+from editctl.delta import Factors, Overlay, compose
 from editctl.engine.source import code, configuration, locate
 from editctl.errors import InvalidInput, ModelError
+
+if TYPE_CHECKING:
+    from editctl.engine.overlay import Laid
 
 
 def pick_device(wanted: str) -> str:
@@ -196,6 +199,12 @@ class Editing:
         self._model = model
         self._base: dict[str, Tensor] = {}
         self._masters: dict[str, Tensor] = {}
+        self.overlays: list[Overlay] = []
+        """What was laid over the weights, in order; `overlay.laid` has it act."""
+
+    def lay(self, overlay: Overlay) -> None:
+        """Add an overlay to those of the weights; it acts when the model is asked, not while weights are written."""
+        self.overlays.append(overlay)
 
     def add(self, module: str, factors: Factors) -> None:
         """Add one update to a module's weight.
@@ -223,6 +232,7 @@ class Editing:
         """Put the base weights back, bit for bit."""
         self._put(self._base)
         self._masters.clear()
+        self.overlays.clear()
 
     def rebuild(self, module: str, updates: Sequence[Factors]) -> None:
         """A module's weight as its base with these updates, whatever it carried before."""
@@ -256,8 +266,12 @@ class Editing:
         }
 
     def weights_hash(self) -> str:
-        """Hash of all the model's weights as they are now."""
-        return self._model.weights_hash(changed=set(self._base))
+        """Hash of all the model's weights as they are now, and of what is laid over them."""
+        weights = self._model.weights_hash(changed=set(self._base))
+        if not self.overlays:
+            return weights
+        laid = [(f"overlay {i}", overlay.digest()) for i, overlay in enumerate(self.overlays)]
+        return combine_digests([("weights", weights.encode()), *laid])
 
 
 class Model:
@@ -272,6 +286,8 @@ class Model:
         self._digests: dict[str, bytes] = {}
         self._responses: dict[int, Response] = {}
         self._attention: dict[int, nn.Module | None] = {}
+        self.laid: tuple[Laid, ...] = ()
+        """What acts over the weights now, in the order in which it was laid."""
 
     @property
     def device(self) -> torch.device:

@@ -13,9 +13,11 @@ import random
 import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version as library_version
+from pathlib import Path
 
 import torch
 
@@ -24,7 +26,8 @@ from editctl.delta import Delta
 from editctl.engine import speak, statistics
 from editctl.engine.asking import Said, Scored, answers_of, ask_all, request_of
 from editctl.engine.checks import Checks, Side, Wanted
-from editctl.engine.editor import Clock, Editor, foldable, solvable
+from editctl.engine.editor import Clock, Editor, foldable
+from editctl.engine.families import follows_weights, laid
 from editctl.engine.methods import Settings
 from editctl.engine.model import Model
 from editctl.engine.prompts import Request, sample_contexts
@@ -110,8 +113,20 @@ def libraries() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: library_version(name) for name in names}}
 
 
+_HIGH_WATER = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure peak memory anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        # 5 resets what Linux keeps as the most that was resident.
+        _HIGH_WATER.write_text("5")
+
+
 def peak_mb(device: torch.device) -> float:
-    """Most memory used so far: the device's on CUDA, else the process's."""
+    """Most memory used so far, or since `reset_peak`: the device's on CUDA, else the process's."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     # ru_maxrss counts KiB on Linux and bytes on macOS.
@@ -157,8 +172,9 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
     new = [action.edit for action in plan.of(ADD, REPLACE)]
     todo = list(_batches(new, settings.batch_size))
     if order.given:
-        by_id = {edit.id: edit for edit in new}
-        todo = [[by_id[name] for name in delta.edits] for delta in order.given]
+        # In order and not by name: what an edit is called may have changed since it was written.
+        rest = iter(new)
+        todo = [list(itertools.islice(rest, len(delta.edits))) for delta in order.given]
     where, drops = str(model.device), len(plan.of(REPLACE, DROP))
     tell(RunStarted(model.name, where, str(model.dtype), settings.method, len(new), len(todo), drops))
     old = _old(plan, store, origin)
@@ -169,7 +185,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
     questions = stay + fresh
     # On the unedited model, since what is measured must not depend on what it wears.
     solved = (Settings.from_params(plan.params_of(method)) for method in {edit.method for edit in new})
-    stored = (Settings.from_params(batch.delta.params) for batch in old if batch.lives)
+    stored = [Settings.from_params(batch.delta.params) for batch in old if batch.lives]
     edited = sorted({layer for one in (*solved, *stored) for layer in one.layers})
     model.check_editable(edited)
     speak.check_lengths(model, ((q.edit, q.prompt, (*q.wanted, q.rival)) for q in questions))
@@ -193,11 +209,17 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
         written = _some(new, plan.head, tell) if order.checks else ()
         whose = "" if len(written) == len(new) + len(staying) else NEW_EDITS
         checks = Checks(Wanted(order.checks), written, tell, whose)
-        unedited = checks.side(model, edited[-1], known) if edited else Side()
+        # What lies over the weights changes no block; drift is measured at the last.
+        last = max(edited, default=len(model.blocks) - 1)
+        unedited = checks.side(model, last, known) if new or stored else Side()
     _note_unknown(new, before, tell)
     with model.editing() as editing:
-        editor = Editor(model, editing, moments_of, contexts, tell, clock)
+        editor = Editor(model, editing, moments_of, contexts, tell, clock, store.artifacts_dir)
         lives: list[LiveEdit] = []
+
+        def worn() -> AbstractContextManager[None]:
+            """The model as it is asked: with what lies over the weights."""
+            return laid(model, editing.overlays, store.artifacts_dir)
 
         def filed(edits: Sequence[Edit | Stored]) -> None:
             """Put the batch just written on disk; `edits` are its edits in order, which may be called otherwise now."""
@@ -212,7 +234,7 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
         first = len(old) if order.fold is None else order.fold
         for batch in old[:first]:
             if not batch.lives:
-                editor.resolving = True
+                editor.resolving |= bool(batch.delta.modules)
                 continue
             _stand(editor, batch, before, gone, settings.seed, order, tell)
             filed(batch.known)
@@ -233,15 +255,15 @@ def run(plan: Plan, model: Model, base: str, store: Store, emit: Emit, order: Or
                 editor.edit(facts, own, number)
             filed(edits)
             if number < len(todo):
-                with clock.stage("after"):
+                with clock.stage("after"), worn():
                     soon |= ask_all(model, _own(edits), "after", silent, scored=False).words
-        with clock.stage("after"):
+        with clock.stage("after"), worn():
             after = ask_all(model, questions, "after", tell)
             # Nothing was written after the last batch.
             latest = {live.id for live in lives if live.delta == lives[-1].delta}
             soon = {q: said for q, said in soon.items() if q.edit not in latest}
-        with clock.stage("checks"):
-            beside = checks.compare(unedited, checks.side(model, edited[-1])) if lives else ()
+        with clock.stage("checks"), worn():
+            beside = checks.compare(unedited, checks.side(model, last)) if lives else ()
         with clock.stage("commit"):
             tell(StageStarted("commit", 0))
             weights_hash, norms = editing.weights_hash(), editing.norms()
@@ -309,10 +331,14 @@ class _Batch:
 def _stand(editor: Editor, batch: _Batch, before: Said, gone: set[str], seed: int, order: Order, emit: Emit) -> None:
     """Put a batch on: as it is, without what goes, or sought anew where that is not enough."""
     facts, delta = batch.facts(before), batch.delta
+    over = delta.overlay
+    if over is not None and not (editor.resolving and follows_weights(over)):
+        editor.keep(delta, facts)
+        return
     torn = bool(gone & {prompt for _, column in facts for prompt in delta.together[column]})
     if not torn and len(facts) == len(delta.edits) and not editor.resolving:
         editor.wear(delta, [fact for fact, _ in facts])
-    elif not torn and not order.replay and solvable(delta):
+    elif not torn and not order.replay and Settings.from_params(delta.params).solvable:
         editor.solve_again(delta, facts)
     else:
         _seek_anew(editor, [batch], before, seed, emit, "as asked" if order.replay else REPLAY)
@@ -322,7 +348,7 @@ def _seek_anew(
     editor: Editor, batches: Sequence[_Batch], before: Said, seed: int, emit: Emit, why: str = REPLAY
 ) -> None:
     """Seek the facts of batches of the same settings with gradients, in one."""
-    editor.resolving = True
+    editor.resolving |= any(batch.delta.modules for batch in batches)
     facts = [fact for batch in batches for fact, _ in batch.facts(before)]
     emit(Note(f"{count(len(facts), 'edit')} sought anew: {why}"))
     # The contexts of this run are those of its seed.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from editctl import delta as delta_files
 from editctl.delta import Delta
+from editctl.engine.families import laid
 from editctl.engine.model import Editing, Model
 from editctl.errors import EditctlError, StoreError
 from editctl.events import Emit, Progress, StageStarted
@@ -22,22 +23,25 @@ def deltas_of(store: Store, version: Version | None) -> list[Delta]:
 
 
 def put_on(editing: Editing, deltas: Sequence[Delta]) -> None:
-    """Add batches to the weights, in order."""
+    """Add batches to the weights, and what they lay over them, in order."""
     for delta in deltas:
         for module, factors in delta.modules.items():
             editing.add(module, factors)
+        if delta.overlay is not None:
+            editing.lay(delta.overlay)
 
 
 @contextmanager
 def wearing(model: Model, store: Store, version: Version | None) -> Iterator[Editing]:
-    """The model with a version's weights on; the base again afterwards, bit for bit."""
+    """The model with a version's weights on, and what is laid over them; the base again afterwards, bit for bit."""
     with model.editing() as editing:
         put_on(editing, deltas_of(store, version))
-        yield editing
+        with laid(model, editing.overlays, store.artifacts_dir):
+            yield editing
 
 
 def keep_on(model: Model, store: Store, version: Version | None) -> None:
-    """Put a version on a model for good; in the dtype it was made in, its weights are compared with the record.
+    """Put a version on a model for good; in the dtype it was made in, it is compared with the record.
 
     Raises:
         StoreError: the weights are not those the version was recorded with.
@@ -46,6 +50,8 @@ def keep_on(model: Model, store: Store, version: Version | None) -> None:
     put_on(editing, deltas_of(store, version))
     if version is not None and version.dtype == str(model.dtype):
         check_weights(editing, version)
+    # Never left: the model stays as it is.
+    laid(model, editing.overlays, store.artifacts_dir).__enter__()
 
 
 def check_weights(editing: Editing, version: Version) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from editctl.store import rows
 from editctl.store.connection import Connection
 from editctl.store.records import Fault
 from editctl.store.schema import digest, evidence_id, operation_seal, version_seal
-from editctl.store.store import Store
+from editctl.store.store import Store, trained_files
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -139,27 +139,46 @@ def _joined(store: Connection, db: Database) -> Iterator[Fault]:
 
 
 def _spoiled(store: Store, db: Database) -> Iterator[Fault]:
-    """Whether every factor file that a version names is there as it was written."""
+    """Whether the factor files that versions name, the trained files that those need, and all other trained files are
+    there as they were written."""
     users: dict[str, list[str]] = {}
     for name, version in db.execute('select delta, "version" from version_edits group by delta, "version"'):
         users.setdefault(name, []).append(version)
+    trained: dict[str, list[str]] = {path.stem: [] for path in sorted(store.artifacts_dir.glob("*.safetensors"))}
     for name, versions in users.items():
         path = store.deltas_dir / f"{name}.safetensors"
-        wrong = "" if path.is_file() else "is missing"
-        try:
-            if not wrong and digest_of(path) != name:
-                wrong = "is not what was written"
-        except OSError as error:
-            wrong = f"cannot be read: {error.strerror}"
-        if wrong:
-            first = min(versions)
-            yield Fault(f"factor file {path}", f"{wrong}; version {first} and those built on it need it", BACKUP)
+        if wrong := _wrong_with(path):
+            yield Fault(f"factor file {path}", f"{wrong}; {_needed_by(versions)}", BACKUP)
+            continue
+        for content in trained_files(path):
+            trained.setdefault(content, []).extend(versions)
+    for content, versions in trained.items():
+        path = store.artifacts_dir / f"{content}.safetensors"
+        if wrong := _wrong_with(path):
+            remedy = BACKUP if versions else f"{BACKUP}, or remove the file"
+            yield Fault(f"trained file {path}", f"{wrong}; {_needed_by(versions)}", remedy)
+
+
+def _wrong_with(path: Path) -> str:
+    """What is wrong with a file that is named by its content; empty when nothing is."""
+    if not path.is_file():
+        return "is missing"
+    try:
+        return "" if digest_of(path) == path.stem else "is not what was written"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _needed_by(versions: list[str]) -> str:
+    return f"version {min(versions)} and those built on it need it" if versions else "no version needs it"
 
 
 def _beside(store: Store) -> list[Leftover]:
     """Files that a version may refer to, and those that runs leave behind which do not come to an end."""
     found = [path for path in store.deltas_dir.glob("*") if path.is_file()]
-    found += [path for path in store.stats_dir.glob(f"*{PART}") if path.is_file()]
+    # What was trained took minutes to hours, so it is kept whether a version refers to it or not.
+    for folder in (store.stats_dir, store.artifacts_dir):
+        found += [path for path in folder.glob(f"*{PART}") if path.is_file()]
     found += [path for path in store.root.glob(f"*{PART}*") if path.is_file()]
     leftovers = []
     for path in sorted(found):
@@ -199,17 +218,30 @@ def repair(store: Store, faults: list[Fault], backup: Path | None) -> list[Fault
     with store.lock("verify"), _troubles(store.root):
         if any("index" in fault.wrong for fault in faults):
             _reindex(store)
-        for fault in faults:
-            if fault.what.startswith("factor file ") and backup is not None:
-                path = Path(fault.what.removeprefix("factor file "))
-                _taken_over(backup / "deltas" / path.name, path)
+        told = {(fault.what, fault.wrong) for fault in faults}
+        if backup is not None and _from_backup(backup, faults):
+            # A factor file that is there again may need a trained one.
+            more = [fault for fault in _looked(store, _spoiled) if (fault.what, fault.wrong) not in told]
+            _from_backup(backup, more)
+            faults = faults + more
+            told |= {(fault.what, fault.wrong) for fault in more}
         if not damage(store):
             _remove_leftovers(store)
         left = inspect(store)
         still = {(fault.what, fault.wrong) for fault in left}
-        told = {(fault.what, fault.wrong) for fault in faults}
         mended = [replace(fault, repaired=(fault.what, fault.wrong) not in still) for fault in faults]
         return mended + [fault for fault in left if (fault.what, fault.wrong) not in told]
+
+
+def _from_backup(backup: Path, faults: list[Fault]) -> bool:
+    """Take the files that are spoiled or missing from a backup; whether it had one of them."""
+    found = False
+    for fault in faults:
+        kind, _, name = fault.what.partition(" file ")
+        if kind in ("factor", "trained"):
+            path = Path(name)
+            found |= _taken_over(backup / path.parent.name / path.name, path)
+    return found
 
 
 def _remove_leftovers(store: Store) -> list[Leftover]:
@@ -232,7 +264,7 @@ def _troubles(folder: Path) -> Iterator[None]:
 
 
 def _taken_over(source: Path, path: Path) -> bool:
-    """Copy a factor file whose content has its name."""
+    """Copy a file whose content has its name; whether it had it."""
     if not source.is_file():
         return False
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
@@ -275,13 +307,14 @@ def collect(store: Store) -> list[Leftover]:
 
 
 def back_up(store: Store, folder: Path) -> int:
-    """Copy the store into a folder, also while it is written to, and return how many factor files were copied.
+    """Copy the store into a folder, also while it is written to, and return how many factor and trained files were
+    copied.
 
     The copy is a store. A folder that holds an earlier copy is brought up to date.
 
     Raises:
         InvalidInput: the folder holds something else, or a store that went on by itself.
-        StoreError: there is nothing to copy, or a factor file is spoiled.
+        StoreError: there is nothing to copy, or a factor or trained file is missing or spoiled.
     """
     if not store.database.exists():
         raise StoreError(f"the store {store.root} is empty: there is nothing to copy", "apply something first")
@@ -301,7 +334,7 @@ _HELPERS = ("-wal", "-shm", "-journal")
 
 def _foreign(path: Path) -> bool:
     """Whether a file or folder is none of those that a copy begins with, where it was interrupted."""
-    return path.name not in ("deltas", "lock", "lock.json") and PART not in path.name
+    return path.name not in ("deltas", "artifacts", "lock", "lock.json") and PART not in path.name
 
 
 def _copy(store: Store, target: Store) -> int:
@@ -325,22 +358,49 @@ def _copy(store: Store, target: Store) -> int:
         # The copy alone says what belongs to it: the store may have gone on.
         copy.execute("pragma journal_mode = delete")
         names = [row[0] for row in copy.execute("select distinct delta from version_edits")]
-        new = [name for name in names if not (target.deltas_dir / f"{name}.safetensors").is_file()]
-        for name in new:
-            source = store.deltas_dir / f"{name}.safetensors"
-            if not _taken_over(source, target.deltas_dir / source.name):
-                raise StoreError(f"the factor file {source} is missing or spoiled", "`editctl verify` tells more")
+        copied = _brought(store.deltas_dir, target.deltas_dir, names, "factor")
+        trained = {path.stem for path in store.artifacts_dir.glob("*.safetensors")}
+        for name in names:
+            trained.update(trained_files(target.deltas_dir / f"{name}.safetensors"))
+        copied += _brought(store.artifacts_dir, target.artifacts_dir, sorted(trained), "trained")
         copy.close()
         for helper in _HELPERS:
             target.database.with_name(target.database.name + helper).unlink(missing_ok=True)
         put_in_place(part, target.database)
-        return len(new)
+        return copied
     except sqlite3.Error as error:
         raise target._trouble(error) from None
     finally:
         if copy is not None:
             copy.close()
         part.unlink(missing_ok=True)
+
+
+def _brought(source: Path, target: Path, names: Iterable[str], kind: str) -> int:
+    """Copy files that are not there yet and return how many they were.
+
+    Raises:
+        StoreError: one is missing or spoiled.
+    """
+    new = [f"{name}.safetensors" for name in names if not (target / f"{name}.safetensors").is_file()]
+    for name in new:
+        if not _taken_over(source / name, target / name):
+            raise StoreError(f"the {kind} file {source / name} is missing or spoiled", "`editctl verify` tells more")
+    return len(new)
+
+
+def take_in(store: Store, files: Iterable[Path]) -> None:
+    """Put files that were trained elsewhere among the store's own, each under the name of its content.
+
+    Raises:
+        Locked: another process is writing.
+        StoreError: one is missing, is not what its name says, or cannot be written.
+    """
+    with store.lock("import"), _troubles(store.root):
+        for file in files:
+            target = store.artifacts_dir / file.name
+            if _wrong_with(target) and not _taken_over(file, target):
+                raise StoreError(f"the trained file {file} is missing or spoiled", "export the version again")
 
 
 def _unknown_operation(target: Store, copy: sqlite3.Connection) -> int:

@@ -15,7 +15,6 @@ nothing is ever lost:
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editctl.errors import StalePlan, StoreError
+from editctl.files import header
 from editctl.metrics.values import Answer, Metric
 from editctl.store import rows
 from editctl.store.connection import Connection, _holder
@@ -48,17 +48,6 @@ if TYPE_CHECKING:
 _OPERATION = re.compile(r"op:([0-9]{1,9})")
 
 
-def header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors of a safetensors file by name, and the JSON values about them; both empty if it is none of editctl's."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(min(size, path.stat().st_size)))
-        return tensors, json.loads(tensors.pop("__metadata__")["editctl"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
 class Store(Connection):
     """The versions and operations under one folder."""
 
@@ -72,22 +61,32 @@ class Store(Connection):
         """Where the second moments of keys are cached."""
         return self.root / "stats"
 
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where the files that were trained lie."""
+        return self.root / "artifacts"
+
     def measured(self, base: str) -> list[dict[str, Any]]:
         """The second moments of a model's keys that are in the cache: what each says of itself, blocks in order."""
         found = (header(path)[1] for path in self.stats_dir.glob("*.safetensors") if ".part" not in path.name)
         return sorted((about for about in found if about.get("base") == base), key=lambda about: int(about["layer"]))
 
     def footprint(self, version: Version) -> tuple[int, int, tuple[str, ...]]:
-        """How many factor files a version has, their bytes, and the kinds of update in them: thin, sparse or dense."""
-        total, kinds, names = 0, set(), self.deltas(version)
+        """How many factor files a version has, their bytes, and the kinds of update in them: thin, sparse and dense
+        ones of the weights, then those of overlays."""
+        total, kinds, overlays, names = 0, set(), set(), self.deltas(version)
         for name in names:
             path = self.deltas_dir / f"{name}.safetensors"
             if not path.is_file():
                 continue
             total += path.stat().st_size
-            parts = {key.rpartition(".")[2] for key in header(path)[0]}
-            kinds.add("dense" if "dense" in parts else "sparse" if "mask" in parts else "thin")
-        return len(names), total, tuple(sorted(kinds))
+            tensors, about = header(path)
+            parts = {key.rpartition(".")[2] for key in tensors}
+            if over := about.get("overlay"):
+                overlays.add(over["kind"])
+            else:
+                kinds.add("dense" if "dense" in parts else "sparse" if "mask" in parts else "thin")
+        return len(names), total, (*sorted(kinds), *sorted(overlays))
 
     # Reading
 
@@ -235,7 +234,7 @@ class Store(Connection):
 
         Raises:
             StalePlan: the head is not `expected_head` any more.
-            StoreError: a factor file or the parent is not in the store.
+            StoreError: a factor file, a trained file that one needs, or the parent is not in the store.
             Locked: another process is writing.
         """
         with self._writing(verb, create=True) as db:
@@ -253,6 +252,12 @@ class Store(Connection):
                         f"the factor file {path} is missing; nothing was recorded",
                         "run the command again, or restore the file from a backup of the store",
                     )
+                for content in trained_files(path):
+                    if not (trained := self.artifacts_dir / f"{content}.safetensors").is_file():
+                        raise StoreError(
+                            f"the trained file {trained} is missing, which {path} needs; nothing was recorded",
+                            "restore it from a backup of the store",
+                        )
             version = self._insert(db, draft)
             n = len(draft.edits)
             description = f"version {version.id} with {n} edit{'' if n == 1 else 's'}"
@@ -497,6 +502,13 @@ class Store(Connection):
                 f"`editctl show {ref}` lists its edits",
             )
         return version
+
+
+def trained_files(path: Path) -> list[str]:
+    """Content names of the trained files that a factor file was written with, and is read by."""
+    about = header(path)[1]
+    named = (about.get("params", {}).get("artifact"), (about.get("overlay") or {}).get("artifact"))
+    return list(dict.fromkeys(filter(None, named)))
 
 
 def _edit_digest(live: LiveEdit) -> str:

@@ -17,14 +17,15 @@ from editctl import delta as delta_files
 from editctl.engine.asking import Said, answers_of, ask_all, request_of
 from editctl.engine.checks import Checks, Side, Wanted
 from editctl.engine.editor import Editor
+from editctl.engine.families import laid
 from editctl.engine.methods import Settings
 from editctl.engine.model import Model
 from editctl.engine.prompts import sample_contexts
 from editctl.engine.recall import Recall
-from editctl.engine.run import moments_for
+from editctl.engine.run import moments_for, peak_mb, reset_peak
 from editctl.engine.statistics import Moment
 from editctl.errors import InvalidInput
-from editctl.events import Emit, Note, RunStarted
+from editctl.events import Emit, Note, RunStarted, silent
 from editctl.metrics import edits as edit_metrics
 from editctl.metrics.edits import Question
 from editctl.metrics.intervals import wilson
@@ -36,8 +37,9 @@ from editctl.studies.journal import Journal
 RIGHT_AFTER, FIRST = "reliability right after", "first batch"
 """Metrics of the edits' own prompts: asked before the next batch is written; the first batch's, asked at a mark."""
 CORPUS, FREE = "corpus tokens", "free directions"
-CLOCK, STATISTICS = "clock", "statistics"
-"""Protocols of what is no answer: seconds of editing, measuring left out; what the second moments leave free."""
+CLOCK, STATISTICS, STORED = "clock", "statistics", "stored"
+"""Protocols of what is no answer: seconds of editing, measuring left out, and memory; what the second moments leave
+free; what lies on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Trial:
     """Questions beside the edits' own whose answers should stay, by the name of their column."""
     every: int = 0
     """Edits from one mark to the next; 0 for a single mark at the end."""
+    alone: bool = False
+    """Whether every batch is written on the unedited model, asked and taken off again."""
     labels: Mapping[str, object] = field(default_factory=dict)
     """What stands in front of its row beside method, null space, edits and batch."""
 
@@ -145,7 +149,7 @@ class Bench:
             text: what perplexity is measured on; by default ordinary sentences.
         """
         self._model, self._emit, self._journal, self._pace = model, emit, journal or Journal(), pace
-        self._names, self._text = tuple(checks), tuple(text)
+        self._names, self._text, self._library = tuple(checks), tuple(text), store.artifacts_dir
         self._recall = Recall.of(model, base, store.root)
 
         @cache
@@ -159,8 +163,12 @@ class Bench:
         questions = [q for edit in trial.edits for q in edit_metrics.questions(edit)]
         before = ask_all(self._model, questions, "before", self._emit, self._recall)
         metrics = edit_metrics.summary(answers_of(questions, before, before))
-        side = self._checks(trial).side(self._model, trial.settings.layers[-1], self._recall)
+        side = self._checks(trial).side(self._model, self._last(trial), self._recall)
         return Mark(0, 0.0, metrics, tuple(side.alone))
+
+    def _last(self, trial: Trial) -> int:
+        """The last edited block; of what lies over the weights the model's last."""
+        return max(trial.settings.layers, default=len(self._model.blocks) - 1)
 
     def _checks(self, trial: Trial) -> Checks:
         return Checks(Wanted(self._names, self._text), trial.edits, self._emit)
@@ -196,7 +204,9 @@ class Bench:
         if settings.needs_moments:
             self._moments_of(settings)
         checks = self._checks(trial)
-        calm = checks.side(model, settings.layers[-1], self._recall)
+        calm = checks.side(model, self._last(trial), self._recall)
+        if trial.alone:
+            return [self._alone(trial, before)]
         contexts = sample_contexts(model, settings.seed)
         parts = [edits[start : start + trial.batch] for start in range(0, len(edits), trial.batch)]
         emit(RunStarted(model.name, str(model.device), str(model.dtype), settings.method, len(edits), len(parts), 0))
@@ -204,25 +214,32 @@ class Bench:
         seconds = marks[-1].seconds if marks else 0.0
         fresh: dict[Question, str] = {}
         made: list[str] = []
+        size, peak = 0, 0.0
+        reset_peak(model.device)
         with model.editing() as editing:
-            editor = Editor(model, editing, self._moments_of, contexts, emit)
+            editor = Editor(model, editing, self._moments_of, contexts, emit, library=self._library)
             names = [name for line in lines for name in line["deltas"]]
             if names:
                 emit(Note(f"{trial.name}: going on after {marks[-1].edits} edits"))
             for name, part in zip(names, parts, strict=False):
-                editor.wear(delta_files.load(name, self._journal.deltas), [request_of(edit, before) for edit in part])
+                known = delta_files.load(name, self._journal.deltas)
+                size += len(known.to_bytes())
+                editor.wear(known, [request_of(edit, before) for edit in part])
             for number, part in enumerate(parts[len(names) :], len(names) + 1):
                 begun = time.perf_counter()
                 delta = editor.edit([request_of(edit, before) for edit in part], settings, number)
                 seconds += time.perf_counter() - begun
+                size, peak = size + len(delta.to_bytes()), peak_mb(model.device)
                 if self._journal.folder:
                     made.append(delta_files.save(delta, self._journal.deltas))
-                fresh |= ask_all(model, _own(part), "after", emit).words
+                with laid(model, editing.overlays, self._library):
+                    fresh |= ask_all(model, _own(part), "after", emit).words
                 done = min(number * trial.batch, len(edits))
                 if done < len(edits) and not (trial.every and _passed(done, trial.batch, trial.every)):
                     continue
                 soon |= fresh
-                mark = self._mark(trial, done, seconds, before, soon, checks, calm)
+                with laid(model, editing.overlays, self._library):
+                    mark = self._mark(trial, done, seconds, before, soon, checks, calm, size, peak)
                 marks.append(mark)
                 heard = {q.edit: words for q, words in fresh.items()}
                 self._journal.add({"trial": trial.name, **mark.to_json(), "soon": heard, "deltas": made})
@@ -233,6 +250,28 @@ class Bench:
         self._journal.tidy()
         return marks
 
+    def _alone(self, trial: Trial, before: Said) -> Mark:
+        """What the edits come to when no other is there: each batch on the unedited model, asked at once."""
+        model, settings, seconds = self._model, trial.settings, 0.0
+        contexts, after = sample_contexts(model, settings.seed), Said({}, {})
+        for start in range(0, len(trial.edits), trial.batch):
+            part = trial.edits[start : start + trial.batch]
+            with model.editing() as editing:
+                editor = Editor(model, editing, self._moments_of, contexts, silent, library=self._library)
+                begun = time.perf_counter()
+                editor.edit([request_of(edit, before) for edit in part], settings, 1)
+                seconds += time.perf_counter() - begun
+                with laid(model, editing.overlays, self._library):
+                    after |= ask_all(model, [q for edit in part for q in edit_metrics.questions(edit)], "after", silent)
+        questions = [q for edit in trial.edits for q in edit_metrics.questions(edit)]
+        n = len(trial.edits)
+        beside = (Metric("seconds an edit", CLOCK, seconds / n, n, False),)
+        mark = Mark(n, seconds, edit_metrics.summary(answers_of(questions, before, after)), beside)
+        self._journal.add({"trial": trial.name, **mark.to_json(), "soon": {}, "deltas": []})
+        if self._pace:
+            self._pace.step(n, trial.name)
+        return mark
+
     def _mark(
         self,
         trial: Trial,
@@ -242,6 +281,8 @@ class Bench:
         soon: Mapping[Question, str],
         checks: Checks,
         calm: Side,
+        size: int,
+        peak: float,
     ) -> Mark:
         """Everything that is measured after `done` edits."""
         model, settings = self._model, trial.settings
@@ -257,9 +298,11 @@ class Bench:
         for column, asked in trial.kept.items():
             if asked:
                 metrics.append(_share(column, [a.ok for a in answers_of(asked, before, after)]))
-        compared = checks.compare(calm, checks.side(model, settings.layers[-1]))
+        compared = checks.compare(calm, checks.side(model, self._last(trial)))
         beside = [metric for metric in compared if metric.axis != before_of("")]
         beside.append(Metric("seconds an edit", CLOCK, seconds / done, done, False))
+        beside.append(Metric("kilobytes an edit", STORED, size / 1000 / done, done, False))
+        beside.append(Metric("peak memory, MB", STORED, peak, done, False))
         if settings.needs_moments:
             moments = self._moments_of(settings)
             seen = min(moment.seen for moment in moments.values())

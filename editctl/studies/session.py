@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editctl import atlas
-from editctl.engine import corpus, methods, source
+from editctl import artifacts, atlas
+from editctl.engine import corpus, lessons, methods, source
 from editctl.engine.methods import Settings
 from editctl.engine.run import libraries
 from editctl.errors import InvalidInput
@@ -84,6 +84,51 @@ def matter(
     return Matter(tuple(chosen), {}, tuple(checks), tuple(_text(space, texts)))
 
 
+def taught(space: Workspace, specs: Sequence[str], seed: int) -> tuple[Edit, ...]:
+    """The edits of the specs that a method is to be trained on, or made-up ones of everything atlas knows.
+
+    Raises:
+        InvalidInput: no specs were named and the model is another than atlas.
+    """
+    if specs:
+        return space.edits(specs)
+    if space.config.model != atlas.NAME:
+        raise InvalidInput("made-up edits are of what atlas knows", "name spec files that fit the model")
+    return tuple(sequential.lessons(seed))
+
+
+def one_each(edits: Iterable[Edit]) -> list[Edit]:
+    """The first edit of each subject, as edits are made that shall hold together."""
+    return list({edit.subject: edit for edit in reversed(list(edits))}.values())[::-1]
+
+
+def unseen(space: Workspace, names: Sequence[str], edits: int, unrelated: int, seed: int, **more: Any) -> Matter:
+    """Made-up edits of atlas, one a subject, of subjects that none of the methods' trained files was taught, with
+    probes of what must stay; beside them facts of other subjects and other facts of the same.
+
+    Raises:
+        InvalidInput: there are not so many, or the model is another than atlas.
+    """
+    made = taught(space, (), seed)
+    library, base = space.store().artifacts_dir, space.source()[1]
+    known = [one.about for one in artifacts.found(library, base=base) if one.method in names]
+    splits = {(float(about["held_out_share"]), int(about["seed"])) for about in known}
+    if any(about.get("model") != atlas.NAME for about in known):
+        raise InvalidInput("a trained file was taught on another model's name", "train it again with --model atlas")
+    held = list(made)
+    for share, number in splits:
+        held = [edit for edit in held if edit in set(lessons.split(made, share, number)[1])]
+    chosen = one_each(held)[:edits]
+    if len(chosen) < edits:
+        raise InvalidInput(
+            f"{len(chosen)} subjects were held out of all trainings, fewer than {edits} edits need",
+            "ask for fewer --edits, or train with the same --held-out and --seed",
+        )
+    kept = sequential.beside(chosen, unrelated, seed)
+    checks, texts = more.get("checks", ()), more.get("texts", ())
+    return Matter(tuple(chosen), kept, tuple(checks), tuple(_text(space, texts)))
+
+
 def _text(space: Workspace, texts: Sequence[str]) -> Sequence[str]:
     if texts:
         return [line for path in texts for line in corpus.lines("", path, corpus.content("", path))]
@@ -93,13 +138,18 @@ def _text(space: Workspace, texts: Sequence[str]) -> Sequence[str]:
     return list(corpus.lines("", str(held_out), corpus.content("", str(held_out)))) if held_out.is_file() else []
 
 
-def settings_maker(space: Workspace) -> Callable[..., Settings]:
-    """Settings by a method's name and overrides, which the command line's own beat."""
-    folder, _ = space.source()
-    shape, config = source.configuration(folder), space.config
+def settings_maker(space: Workspace, *, trained: bool = True) -> Callable[..., Settings]:
+    """Settings by a method's name and overrides, which the command line's own beat.
+
+    Args:
+        trained: whether the file that the method reads has to be there.
+    """
+    folder, base = space.source()
+    shape, config, library = source.configuration(folder), space.config, space.store().artifacts_dir
 
     def settings(name: str, **overrides: Any) -> Settings:
         made = methods.settings(shape, name, {**overrides, **config.settings})
+        made = artifacts.settled(made, base, library) if trained else made
         # A study measures one model in one dtype; what is preserved is bound by content.
         return replace(made, corpus_content=corpus.content(config.model, made.corpus))
 

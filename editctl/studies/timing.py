@@ -75,9 +75,9 @@ def measure(
         pace = Pace(emit, sum(size for _, _, size in todo))
         for one in {each.method: each for _, each, _ in todo}.values():
             model.check_editable(one.layers)
-            _once(model, one, edits[: min(batches)], moments_of, emit)
+            _once(model, one, edits[: min(batches)], moments_of, emit, store.artifacts_dir)
         for turn, one, size in todo:
-            seconds = _once(model, one, edits[:size], moments_of, emit)
+            seconds = _once(model, one, edits[:size], moments_of, emit, store.artifacts_dir)
             journal.add({"trial": _name(one, size), "turn": turn, "seconds": seconds})
             pace.step(size, f"{_name(one, size)}, time {turn + 1} of {repeat}")
         return {
@@ -91,13 +91,16 @@ def _name(settings: Settings, size: int) -> str:
     return f"{settings.method}, batch {size}"
 
 
-def _once(model: Model, settings: Settings, edits: Sequence[Edit], moments_of: Any, emit: Emit) -> dict[str, float]:
+def _once(
+    model: Model, settings: Settings, edits: Sequence[Edit], moments_of: Any, emit: Emit, library: Path
+) -> dict[str, float]:
     """Seconds an edit by phase of one batch."""
     if settings.needs_moments:
         moments_of(settings)
     contexts, clock = sample_contexts(model, settings.seed), Clock()
     with model.editing() as editing:
-        Editor(model, editing, moments_of, contexts, emit, clock).edit([request_of(e) for e in edits], settings, 1)
+        editor = Editor(model, editing, moments_of, contexts, emit, clock, library)
+        editor.edit([request_of(e) for e in edits], settings, 1)
     return {phase: clock.seconds.get(phase, 0.0) / len(edits) for phase in PHASES}
 
 

@@ -27,7 +27,7 @@ from editctl.errors import EditctlError, InvalidInput
 from editctl.metrics.edits import says
 from editctl.spec import SLOT, Edit, Probe, check, quoted, visible
 from editctl.tui import desk
-from editctl.tui.asker import Asked, Reply
+from editctl.tui.asker import Asked, Hit, Reply
 from editctl.tui.dialogs import Line, Pick, Question
 from editctl.tui.form import lines_of, showable
 from editctl.tui.place import Place
@@ -138,7 +138,8 @@ class AskPlace(Place):
     ABOUT = (
         "One prompt, asked of the unedited model (base), the head (@) and any other version: what each says, its "
         "likeliest next tokens, and how probable an answer of yours is. What is not the base's answer is yellow, or "
-        "green when it is yours. esc leaves the line for the answers, / goes back to it."
+        "green when it is yours. Where overlays lie over a version's weights, the edit that answered is named. "
+        "esc leaves the line for the answers, / goes back to it."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "earlier(-1)", "earlier", show=False, id="ask.earlier", tooltip="An earlier prompt"),
@@ -252,8 +253,9 @@ class AskPlace(Place):
             return Group(*parts)
         if answer.version != now:
             parts.append(Text(f"asked at {short(answer.version)}, now {short(now)}; return asks again", "yellow"))
-        parts += [Text(visible(answer.reply.text, 2000) or "(nothing)", self._style(answer)), Text()]
-        parts.append(_chances(answer.reply, answer.asked.wanted, width))
+        parts.append(Text(visible(answer.reply.text, 2000) or "(nothing)", self._style(answer)))
+        parts += _hit_lines(answer.reply.hit, width) if answer.reply.laid else []
+        parts += [Text(), _chances(answer.reply, answer.asked.wanted, width)]
         return Group(*parts)
 
     def _style(self, answer: Answer) -> str:
@@ -472,6 +474,15 @@ class AskPlace(Place):
             name = kind if kind == "paraphrase" else f"{kind} probe"
             self.notify(visible(f"Added the {name} to {edit.id} in {edit.file}", 500), markup=False)
         self.desk.look()
+
+
+def _hit_lines(hit: Hit | None, width: int) -> list[Text]:
+    """Which edit of an overlay answered, on a line, or on two where one has no room."""
+    if hit is None:
+        return [Text("no hit", "dim")]
+    edit = Text(f"memory hit: edit {visible(hit.edit, 200)}", no_wrap=True, overflow="ellipsis")
+    sure = Text(f"({visible(hit.kind, 30)}, score {hit.score:.2f})", "dim", no_wrap=True, overflow="ellipsis")
+    return [edit, sure] if cell_len(f"{edit} {sure}") > width else [edit.append(" ").append_text(sure)]
 
 
 def _chances(reply: Reply, wanted: Sequence[str], width: int) -> Table:

@@ -26,6 +26,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Hit:
+    """The entry of an overlay that answered a prompt."""
+
+    kind: str
+    edit: str
+    score: float
+    """How sure the overlay is that the prompt is about the edit, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class Reply:
     """What one version says to one prompt."""
 
@@ -35,6 +45,10 @@ class Reply:
     """The most probable next tokens and their probabilities."""
     probabilities: tuple[float, ...]
     """Of the wanted answers, whole."""
+    laid: bool
+    """Whether overlays lie over the version's weights."""
+    hit: Hit | None
+    """None where the weights answered."""
 
 
 class Asker:
@@ -104,7 +118,7 @@ class Asker:
             if said.get("type") == "error" and said.get("id") in (self._number, None):
                 raise EditctlError(str(said["message"]), str(said.get("hint", "")))
             if said.get("type") == "answers" and said.get("id") == self._number:
-                return said["version"], [_reply(answer) for answer in said["answers"]]
+                return said["version"], [_reply(answer, bool(said.get("overlays"))) for answer in said["answers"]]
         self._child, self._ready = None, False
         code = await child.wait()
         message = errors_of(child.log) or f"the model's process ended with code {code}"
@@ -128,6 +142,8 @@ class Asker:
                 await child.wait()
 
 
-def _reply(answer: dict[str, Any]) -> Reply:
+def _reply(answer: dict[str, Any], laid: bool) -> Reply:
     following = tuple((str(token), float(p)) for token, p in answer.get("next", ()))
-    return Reply(answer["prompt"], answer["text"], following, tuple(answer.get("probabilities", ())))
+    found = answer.get("hit")
+    hit = Hit(str(found["kind"]), str(found["edit"]), float(found["score"])) if found else None
+    return Reply(answer["prompt"], answer["text"], following, tuple(answer.get("probabilities", ())), laid, hit)
