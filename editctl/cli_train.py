@@ -73,20 +73,18 @@ def train(
             seed=seed,
             share=held_out,
             taught=known,
-            held_out=session.one_each(kept),
+            held_out=session.one_each(kept, training.MEASURED),
         )
         task = make(model, settings.layers, known, seed) if make else None
         made = training.train(model, course, task, space.store().root, emit)
     if as_json:
-        talk.line(
-            {"type": "trained", "artifact": made.content, **{k: v for k, v in made.about.items() if k != "lessons"}}
-        )
+        told = {key: value for key, value in made.about.items() if key != "lessons"}
+        talk.line({"type": "trained", "artifact": made.content, **told})
         return
     for row in report.markdown_table(training.table(made)):
         talk.say(row)
-    talk.say(
-        f"Trained {report.safe(made.name)} ({method}) on {len(known)} edits; {len(course.held_out)} were held out."
-    )
+    measured = f"measured on {len(course.held_out)} of subjects it never saw"
+    talk.say(f"Trained {report.safe(made.name)} ({method}) on {len(known)} edits, {measured}.")
     talk.say(f"Use it: editctl apply SPECS --method {method} --set artifact={report.safe(made.name)}")
     click.echo(made.content)
 

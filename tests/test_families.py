@@ -125,7 +125,7 @@ def test_dropping_an_edit_is_as_if_it_had_never_been_made(space: Space, method: 
 @pytest.mark.parametrize("method", OVERLAYS)
 def test_an_overlay_leaves_the_weights_alone_and_says_what_it_answers(space: Space, method: str) -> None:
     """The parameters keep their bits while it acts, each edit's own prompt is its own hit, another prompt none."""
-    version = space.apply(tiny.FACTS, method, **({"threshold": 0.0} if method == "serac" else {}))
+    version = space.apply(tiny.FACTS, method, **({"certainty": 0.0} if method == "serac" else {}))
     bare = space.model.weights_hash()
     with wear.wearing(space.model, space.store, version):
         assert space.model.weights_hash() == bare
@@ -148,7 +148,7 @@ def test_it_can_be_exported_or_is_refused_with_what_can_be(space: Space, method:
         assert export.merged(space.model, deltas, tmp_path / "merged", record).size > 0
         return
     for write in (export.adapter, export.merged):
-        with pytest.raises(InvalidInput, match=r"overlay") as caught:
+        with pytest.raises(InvalidInput, match="lie over the weights") as caught:
             write(space.model, deltas, tmp_path / "out", record)
         assert "delta" in caught.value.hint
     assert not (tmp_path / "out").exists()
@@ -214,8 +214,8 @@ def test_a_loaded_version_answers_as_it_is_asked(space: Space) -> None:
 
 def test_two_overlays_of_one_kind_are_read_as_one(space: Space) -> None:
     """Entries of later batches stand behind those of earlier ones; one reader serves them."""
-    space.apply(tiny.FACTS[:2], "serac", threshold=0.0)
-    version = space.apply(tiny.FACTS[2:], "serac", threshold=0.0)
+    space.apply(tiny.FACTS[:2], "serac", certainty=0.0)
+    version = space.apply(tiny.FACTS[2:], "serac", certainty=0.0)
     with wear.wearing(space.model, space.store, version):
         assert len(space.model.laid) == 1
         found = families.hits(space.model, [edit.prompt for edit in tiny.FACTS])

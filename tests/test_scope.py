@@ -258,6 +258,10 @@ def test_a_first_word_is_read_as_it_is_within_a_sentence(loaded: Callable[..., M
     inside, outside = gpt2.encode("The Rome was built")[len(gpt2.encode("The")) :], gpt2.encode("Rome was built")
     assert reading.spoken(["Rome was built", " Rome was built"]) == [inside, inside] and inside != outside
     assert len(reading.spoken([""])[0]) == 1
+    assert reading.respoken([gpt2.encode("Rome was built")]) == [inside]
+    llama = loaded("llama")
+    other = Reading(llama, Net(32, Shape()))
+    assert other.respoken([llama.encode("Rome was built")]) == other.spoken(["Rome was built"])
 
 
 def test_of_a_long_text_the_end_is_read(model: Model, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from editctl.engine import methods
 from editctl.engine import tune as room
 from editctl.engine.methods import METHODS, NullSpace, Tune
 from editctl.engine.model import Model
 from editctl.engine.prompts import Request, row
 from editctl.engine.solve import Projector
 from editctl.engine.statistics import Moment
-from editctl.engine.tune import _slope, _worn, tune
+from editctl.engine.tune import _slope, _worn, rows_of, tune
+from editctl.engine.writing import Job
+from editctl.errors import InvalidInput
 from editctl.events import Emit, Event, Note, TargetStep, silent
 
 LAYER = 2
@@ -32,21 +37,26 @@ REQUESTS = (
 SETTINGS = Tune(epochs=6, tune_rate=0.02, tune_stop=0.0)
 OBJECTIVES = ("target", "last")
 ROWS = {
-    name: replace(method.tune, epochs=4, box=2.5 * method.tune.tune_rate if method.tune.box else 0.0)
+    name: replace(
+        method.tune,
+        epochs=4,
+        box=2.5 * method.tune.tune_rate if method.tune.box else 0.0,
+        minibatch=2 if method.tune.minibatch else 0,
+    )
     for name, method in METHODS.items()
-    if method.tune is not None
+    if method.tune is not None and not method.tune.rank
 }
-"""What fine-tuning rows run with, in a box that four steps reach."""
+"""What fine-tuning rows run with, in a box that four steps reach and with several minibatches where there are any."""
 
 
 def slope(model: Model, requests: Sequence[Request], objective: str) -> tuple[list[float], Tensor]:
     return _slope(model, LAYER, [row(model, request, "") for request in requests], objective)
 
 
-def loss_of(model: Model, request: Request, objective: str) -> Tensor:
+def loss_of(model: Model, request: Request, objective: str, *, ending: bool = False) -> Tensor:
     """Nats a token by the book: one text, no padding, no hook; `last` reads every token from the prompt's end."""
     prompt = model.encode(request.prompt)
-    whole = model.encode(f"{request.prompt} {request.target}")
+    whole = model.encode(f"{request.prompt} {request.target}") + [model.tokenizer.eos_token_id] * ending
     target = whole[len(prompt) :]
     assert whole[: len(prompt)] == prompt and target
     if objective == "target":
@@ -56,14 +66,16 @@ def loss_of(model: Model, request: Request, objective: str) -> Tensor:
     return functional.cross_entropy(said, torch.tensor(target))
 
 
-def autograd(model: Model, requests: Sequence[Request], objective: str) -> tuple[list[float], Tensor]:
+def autograd(
+    model: Model, requests: Sequence[Request], objective: str, *, ending: bool = False
+) -> tuple[list[float], Tensor]:
     """Losses, and torch's gradient of their sum for the weight itself, out × in."""
     block = model.blocks[LAYER]
     parameter: Any = block.down.weight
     parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            losses = [loss_of(model, request, objective) for request in requests]
+            losses = [loss_of(model, request, objective, ending=ending) for request in requests]
             (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), parameter)
     finally:
         parameter.requires_grad_(False)
@@ -75,9 +87,9 @@ def off(one: Tensor, other: Tensor) -> float:
 
 
 def run(
-    model: Model, settings: Tune = SETTINGS, *, projector: Projector | None = None, emit: Emit = silent
+    model: Model, settings: Tune = SETTINGS, *, projector: Projector | None = None, emit: Emit = silent, seed: int = 0
 ) -> tuple[Tensor, list[float]]:
-    """The update, and the mean loss before each step and after the last."""
+    """The update, and the mean loss of every pass."""
     losses: list[float] = []
 
     def note(event: Event) -> None:
@@ -86,7 +98,7 @@ def run(
             losses.append(event.loss)
         emit(event)
 
-    return tune(model, LAYER, REQUESTS, settings, projector=projector, emit=note, batch=1), losses
+    return tune(model, LAYER, REQUESTS, settings, projector=projector, emit=note, batch=1, seed=seed), losses
 
 
 def size(model: Model) -> float:
@@ -163,16 +175,27 @@ def test_chunks_change_neither_losses_nor_update(precise: Model, monkeypatch: py
 # The steps
 
 
-def by_torch(model: Model, settings: Tune, projector: Projector | None = None) -> Tensor:
+def drawn(settings: Tune, generator: torch.Generator) -> list[tuple[Request, ...]]:
+    """The requests of each step of a pass."""
+    if not settings.minibatch:
+        return [REQUESTS]
+    order = torch.randperm(len(REQUESTS), generator=generator)
+    return [tuple(REQUESTS[i] for i in part) for part in order.split(settings.minibatch)]
+
+
+def by_torch(model: Model, settings: Tune, projector: Projector | None = None, seed: int = 0) -> Tensor:
     """The update by torch's own Adam and the naive gradient, float64, bounded and projected after every step."""
     block = model.blocks[LAYER]
     start = block.weight.detach().double().clone()
     bound, change = settings.box * size(model), torch.zeros_like(start).requires_grad_(True)
     optimiser = torch.optim.Adam([change], lr=settings.tune_rate * size(model))
-    for _ in range(settings.epochs):
+    generator = torch.Generator().manual_seed(seed)
+    for part in (part for _ in range(settings.epochs) for part in drawn(settings, generator)):
         with _worn(block.weight, start + change.detach()):
-            _, gradient = autograd(model, REQUESTS, settings.objective)
-        change.grad = gradient / len(REQUESTS)
+            losses, gradient = autograd(model, part, settings.objective, ending=settings.ending)
+        if sum(losses) / len(part) < settings.tune_stop:
+            continue
+        change.grad = gradient / len(part)
         optimiser.step()
         with torch.no_grad():
             if settings.box:
@@ -228,6 +251,115 @@ def test_the_two_objectives_ask_for_different_things(model: Model) -> None:
         (bag, first), (spoken, second) = (slope(model, requests, objective) for objective in ("last", "target"))
         assert (bag == pytest.approx(spoken, rel=1e-4)) == same
         assert (off(first, second) < 1e-4) == same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Minibatches and ends
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("ending", [False, True])
+def test_minibatches_are_steps_drawn_anew_in_every_pass(precise: Model, objective: str, ending: bool) -> None:
+    """Three steps a pass, in an order that the seed alone decides; the same order in every pass is another update."""
+    settings = replace(SETTINGS, epochs=2, minibatch=2, objective=objective, ending=ending)
+    update, losses = run(precise, settings)
+    assert len(losses) == 3
+    assert off(update, by_torch(precise, settings)) < 1e-3
+    assert torch.equal(update, run(precise, settings)[0])
+    other = run(precise, settings, seed=1)[0]
+    assert off(other, by_torch(precise, settings, seed=1)) < 1e-3 < 1e-2 < off(other, update)
+    once = replace(settings, epochs=1)
+    assert off(run(precise, replace(once, minibatch=0))[0], run(precise, once)[0]) > 0.1
+    assert off(update, by_torch(precise, replace(settings, ending=not ending))) > 1e-2
+
+
+def test_the_loss_of_a_pass_is_that_of_its_rows_when_they_were_read(precise: Model) -> None:
+    """The first minibatch's on the weights as they were, the last on those that the others moved; the pass after the
+    last moves nothing."""
+    settings = replace(SETTINGS, epochs=1, minibatch=2)
+    parts = drawn(settings, torch.Generator().manual_seed(0))
+    update, losses = run(precise, settings)
+    block = precise.blocks[LAYER]
+
+    def mean(requests: Sequence[Request]) -> float:
+        return sum(float(loss_of(precise, request, "target")) for request in requests) / len(requests)
+
+    assert losses[0] != pytest.approx(mean(REQUESTS), rel=1e-4)
+    read: list[float] = []
+
+    def watched(model: Model, layer: int, rows: Sequence[Any], objective: str) -> tuple[list[float], Tensor]:
+        found, gradient = _slope(model, layer, rows, objective)
+        read.extend(found)
+        return found, gradient
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_slope", watched)
+        run(precise, settings)
+    assert sum(read[:2]) / 2 == pytest.approx(mean(parts[0]), rel=1e-5)
+    assert losses == pytest.approx([sum(read[:5]) / 5, sum(read[5:]) / 5], rel=1e-6)
+    with _worn(block.weight, block.weight.double() + update.double()):
+        assert losses[1] == pytest.approx(mean(REQUESTS), rel=1e-5)
+
+
+def test_a_minibatch_that_is_said_already_is_no_step(precise: Model) -> None:
+    """A bound between the losses of a pass leaves out the steps below it; one above them all makes none."""
+    settings = replace(SETTINGS, epochs=1, minibatch=1)
+    bound = sorted(float(loss_of(precise, request, "target")) for request in REQUESTS)[2]
+    update = run(precise, replace(settings, tune_stop=bound))[0]
+    assert off(update, by_torch(precise, replace(settings, tune_stop=bound))) < 1e-3
+    assert off(update, by_torch(precise, settings)) > 0.1
+    assert not run(precise, replace(settings, tune_stop=1e9))[0].any()
+
+
+def test_with_an_ending_the_text_ends_behind_the_target(model: Model) -> None:
+    """The end of the text becomes likely there, more than e² times as likely as without an ending."""
+    end = model.tokenizer.eos_token_id
+    rows = rows_of(model, REQUESTS, replace(SETTINGS, ending=True))
+    plain = rows_of(model, REQUESTS, SETTINGS)
+    assert [one.ids for one in rows] == [(*one.ids, end) for one in plain]
+    assert [(one.answer, one.lookup) for one in rows] == [(one.answer, one.lookup) for one in plain]
+
+    def ends(update: Tensor) -> float:
+        """Mean log-probability of the end behind the target."""
+        block = model.blocks[LAYER]
+        with _worn(block.weight, block.weight + update):
+            said = [model.net(torch.tensor([one.ids])).logits[0, -1].log_softmax(-1)[end] for one in plain]
+        return float(torch.stack(said).mean())
+
+    settings = replace(SETTINGS, epochs=12, tune_rate=0.05)
+    assert ends(run(model, replace(settings, ending=True))[0]) > ends(run(model, settings)[0]) + 2
+
+
+def test_a_tokenizer_without_an_end_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where an ending is asked for."""
+    endless = copy.deepcopy(model.tokenizer)
+    endless.eos_token = None
+    monkeypatch.setattr(model, "tokenizer", endless)
+    assert rows_of(model, REQUESTS, SETTINGS)
+    with pytest.raises(InvalidInput, match="no token that ends a text"):
+        rows_of(model, REQUESTS, replace(SETTINGS, ending=True))
+
+
+def test_the_seed_of_a_run_is_that_of_its_minibatches(model: Model) -> None:
+    """What a job says goes into the steps; another seed, or another block, is another update."""
+    made = methods.settings({"num_hidden_layers": 4}, "locft-bf", {"minibatch": 2, "epochs": 1, "layers": [LAYER]})
+
+    def write(seed: int) -> Tensor:
+        job = Job(
+            model=model,
+            requests=REQUESTS,
+            settings=replace(made, seed=seed),
+            number=1,
+            emit=silent,
+            library=Path(),
+            projector=lambda layer: None,
+        )
+        (update,) = room.write(job).updates.values()
+        assert isinstance(update, Tensor)
+        return update
+
+    assert made.tune is not None and made.tune.ending
+    assert torch.equal(write(5), run(model, made.tune, seed=5)[0]) and not torch.equal(write(5), write(6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ class Codebook:
 class Scope:
     """A memory beside the model, asked when a trained classifier finds a prompt to be about an edit (SERAC)."""
 
-    threshold: float = 0.5
+    certainty: float = 0.5
     """Least probability at which a prompt counts as being about an edit."""
 
 
@@ -481,8 +481,9 @@ METHODS: dict[str, Method] = {
             TUNE,
             "W ← W + B A, B and A by Adam on the cross-entropy of the target's tokens",
             "Hu et al. 2022, LoRA, eq. 3",
-            "trains a low-rank adapter of the edited down-projections through peft",
-            tune=Tune(rank=8),
+            "trains low-rank adapters of the last three down-projections through peft",
+            layers="upper",
+            tune=Tune(rank=8, minibatch=5, tune_rate=0.01),
         ),
         Method(
             "ke",
@@ -831,7 +832,7 @@ def _null_space(preset: NullSpace | None, overrides: dict[str, Any]) -> NullSpac
     return (preset or NULL_SPACE) if switch else preset
 
 
-SHARES = ("rect", "sphere_energy", "sphere", "neurons", "threshold", "nearness")
+SHARES = ("rect", "sphere_energy", "sphere", "neurons", "certainty", "nearness")
 """Settings that are at most 1."""
 CHOICES = {"spread": SPREADS, "keys": KEYS, "site": SITES, "objective": OBJECTIVES}
 

@@ -15,7 +15,6 @@ hands back to the model at the end of that sentence.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from editctl import artifacts
 from editctl.delta import Overlay
 from editctl.engine.lessons import Lesson
 from editctl.engine.methods import Scope
-from editctl.engine.model import Model
+from editctl.engine.model import PROBE, Model
 from editctl.engine.overlay import Detour, Detours
 from editctl.engine.prompts import join
 from editctl.engine.statistics import pad_right
@@ -43,8 +42,6 @@ DEFAULTS = {"steps": 700, "rate": 0.002}
 """Of the schedule. On atlas 200 steps find 99 % of the paraphrases of edits that were held out, these all."""
 BATCH = 24
 """Lessons of a step."""
-RARE = 4
-"""Tokens of a prompt, the rarest, by which other prompts are like it."""
 DRAWN = 2
 """Of each lesson, the prompts that its edit must reach and those that it must not, in one step."""
 MADE_UP = 0.5
@@ -83,7 +80,7 @@ class Shape:
     """Of the counterfactual model; the classifier has one."""
     pools: int = 8
     """Places of a text that the classifier takes its embedding from."""
-    row: int = 128
+    row: int = 96
     """Dimensions of that embedding."""
 
 
@@ -148,11 +145,11 @@ class Block(nn.Module):
         self.heeded, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """B × T × width; every position sees where the mask (B × T, bool) is set, without one what is before it."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+        """B × T × width; every position sees all where the mask (B × T, bool) is set, or what is not behind it."""
         query, key, value = self.heeded(self.first(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         allowed = None if mask is None else mask[:, None, None]
-        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=mask is None)
+        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=causal)
         x = x + self.mixed(seen.transpose(1, 2).flatten(2))
         grown: Tensor = self.down(functional.gelu(self.up(self.second(x))))
         return x + grown
@@ -180,20 +177,23 @@ class Encoder(nn.Module):
         self.value = nn.Linear(2 * lens + shape.inner, shape.row, bias=False)
         self.sharpness, self.middle = nn.Parameter(torch.tensor(2.5)), nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, seen: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, mask: Tensor | None) -> Tensor:
         """Embeddings of norm 1, B × row.
 
         Args:
             seen: tokens through the lens, B × T × lens.
-            mask: where tokens are, B × T, bool.
+            mask: where tokens are, B × T, bool; None for everywhere.
         """
-        seen = seen * mask[..., None]
+        if mask is not None:
+            seen = seen * mask[..., None]
         before = _neighbour(seen, 1)
         x = self.enter(torch.cat([seen, before, _neighbour(seen, -1)], -1))
         x = self.last(self.block(x, mask))
-        share = self.look(x).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        looks = self.look(x)
+        if mask is not None:
+            looks = looks.masked_fill(~mask[..., None], -torch.inf)
         value = self.value(torch.cat([seen, before, x], -1)).unflatten(-1, (self.pools, -1))
-        return functional.normalize(torch.einsum("btp,btpc->bpc", share, value).flatten(1), dim=-1)
+        return functional.normalize((looks.softmax(1)[..., None] * value).sum(1).flatten(1), dim=-1)
 
     def logit(self, cosine: Tensor) -> Tensor:
         """The logit of the probability that two texts of this likeness are of one fact."""
@@ -221,7 +221,7 @@ class Pointer(nn.Module):
         """
         x = self.enter(torch.cat([seen, _neighbour(seen, 1), _neighbour(seen, 2)], -1))
         for block in self.blocks:
-            x = block(x, None)
+            x = block(x, causal=True)
         x = self.last(x)
         here = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
         scores = self.query(here) @ self.key(x).transpose(1, 2) / x.shape[-1] ** 0.5
@@ -250,25 +250,43 @@ class Reading:
     def __init__(self, model: Model, net: Net) -> None:
         self.model, self.net = model, net.to(model.device)
         self.table: Tensor = model.net.get_input_embeddings().weight
+        self._anchor = list(model.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"])
+        self._anywhere = self.spoken([PROBE]) == [_bare(model, model.encode(PROBE))]
+        """Whether a text's first word has no tokens of its own."""
 
     def spoken(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as they stand within a sentence, the last `LENGTH`; no text is without a token."""
-        tokenizer = self.model.tokenizer
-        anchor = list(tokenizer(ANCHOR, add_special_tokens=False)["input_ids"])
-        whole = tokenizer([f"{ANCHOR} {text.strip()}" for text in texts], add_special_tokens=False)["input_ids"]
-        alone = [list(ids[len(anchor) :] if list(ids[: len(anchor)]) == anchor else ids) for ids in whole]
+        anchored = [f"{ANCHOR} {text.strip()}" for text in texts]
+        whole = self.model.tokenizer(anchored, add_special_tokens=False)["input_ids"]
+        begin = len(self._anchor)
+        alone = [list(ids[begin:] if list(ids[:begin]) == self._anchor else ids) for ids in whole]
         return [ids[-LENGTH:] or [0] for ids in alone]
+
+    def respoken(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """As `spoken`, of texts as the model reads them, start token included."""
+        if self._anywhere:
+            return [_bare(self.model, text)[-LENGTH:] or [0] for text in texts]
+        decode = self.model.tokenizer.decode
+        return self.spoken(
+            [decode(text[-LENGTH:], skip_special_tokens=True, clean_up_tokenization_spaces=False) for text in texts]
+        )
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of texts as `spoken`, n × row."""
         ids, mask = pad_right([list(text) for text in texts], self.model.device)
-        rows: Tensor = self.net.encoder(self.net.lens(self.table, ids), mask.bool())
+        padded = any(len(text) < ids.shape[1] for text in texts)
+        rows: Tensor = self.net.encoder(self.net.lens(self.table, ids), mask.bool() if padded else None)
         return rows
 
     def point(self, ids: Tensor, places: Tensor) -> Tensor:
         """As `Pointer`, of token ids, B × T."""
         found: Tensor = self.net.pointer(self.net.lens(self.table, ids), places)
         return found
+
+
+def _bare(model: Model, ids: Sequence[int]) -> list[int]:
+    """A text's tokens without its start token."""
+    return list(ids[1:] if ids and ids[0] == model.tokenizer.bos_token_id else ids)
 
 
 def _answer(model: Model, prompt: str, target: str) -> list[int]:
@@ -323,7 +341,7 @@ def write(job: Job) -> Written:
     texts = reading.spoken([request.prompt for request in job.requests])
     rows = [reading.embed(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
     entries = tuple({"id": r.id, "prompt": r.prompt, "target": r.target} for r in job.requests)
-    settings = {"threshold": own.threshold}
+    settings = {"threshold": own.certainty}
     return Written(overlay=Overlay(KIND, entries, {"memory": torch.cat(rows).cpu()}, job.settings.artifact, settings))
 
 
@@ -348,16 +366,14 @@ class Memory(Detours):
         self._rows = overlay.tensors["memory"].float().flip(0).to(model.device)
         self._prefixes: dict[int, tuple[int, ...]] = {}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def find(self, texts: Sequence[tuple[int, ...]]) -> list[Detour | None]:
         """The entry most likely to be of the same fact, of equals the latest, where that reaches the threshold."""
         if not self._entries:
             return [None] * len(texts)
-        decode = self.model.tokenizer.decode
-        said = [decode(text[-LENGTH:], skip_special_tokens=True, clean_up_tokenization_spaces=False) for text in texts]
         found: list[Detour | None] = []
-        for start in range(0, len(said), ROWS):
-            cosines = self._reading.embed(self._reading.spoken(said[start : start + ROWS])) @ self._rows.T
+        for start in range(0, len(texts), ROWS):
+            cosines = self._reading.embed(self._reading.respoken(texts[start : start + ROWS])) @ self._rows.T
             chosen = (cosines >= cosines.amax(1, keepdim=True) - TIE).byte().argmax(1)
             scores = self._reading.net.encoder.logit(cosines.gather(1, chosen[:, None])[:, 0]).sigmoid()
             found += [
@@ -402,12 +418,6 @@ class ScopeTask:
         self.net: nn.Module = self._reading.net
         self._facts = _facts(lessons)
         self._ids: dict[str, list[int]] = {}
-        tokens = self._reading.spoken([lesson.prompt for lesson in lessons])
-        self._holders: dict[int, list[int]] = {}
-        for number, ids in enumerate(tokens):
-            for token in dict.fromkeys(ids):
-                self._holders.setdefault(token, []).append(number)
-        self._rarest = [sorted(dict.fromkeys(ids), key=lambda token: len(self._holders[token])) for ids in tokens]
 
     @property
     def about(self) -> Mapping[str, Any]:
@@ -417,43 +427,32 @@ class ScopeTask:
     def loss(self, step: int) -> dict[str, Tensor]:
         """The classifier's loss and the counterfactual model's, and their sum."""
         rng = random.Random(f"{self._seed}-{step}")
-        chosen = self._drawn(rng)
+        chosen = rng.sample(self._lessons, min(BATCH, len(self._lessons)))
         scope, answer = self._scope(chosen, rng), self._counterfactual(chosen, rng)
         return {"loss": scope + answer, "scope": scope, "counterfactual": answer}
 
-    def _drawn(self, rng: random.Random) -> list[Lesson]:
-        """The lessons of a step: some of all, and for each one of another fact with a rare token of its prompt, such as
-        another fact of its subject, or a subject of which a name is the same."""
-        some = rng.sample(range(len(self._lessons)), min(BATCH // 2, len(self._lessons)))
-        others: list[int] = []
-        for number in some:
-            fact = self._facts[self._lessons[number].prompt]
-            holders = (
-                [i for i in self._holders[token] if self._facts[self._lessons[i].prompt] != fact]
-                for token in self._rarest[number]
-            )
-            alike = list(itertools.islice(filter(None, holders), RARE))
-            if alike:
-                others.append(rng.choice(rng.choice(alike)))
-        return [self._lessons[number] for number in dict.fromkeys((*some, *others))]
-
     def _scope(self, chosen: Sequence[Lesson], rng: random.Random) -> Tensor:
-        """Cross-entropy of pairs of an edit and a prompt, nats a pair of one fact and nats an edit for all other pairs;
-        and of the edit that a prompt belongs to, among those of the step (van den Oord et al. 2018, eq. 4)."""
-        asked: list[str] = []
+        """Cross-entropy of pairs of prompts, nats a pair of one fact and nats a prompt for all its other pairs; and of
+        a prompt's own fact among the step's other prompts (van den Oord et al. 2018, eq. 4)."""
+        drawn = [lesson.prompt for lesson in chosen]
         for lesson in chosen:
-            for texts in (list(dict.fromkeys((lesson.prompt, *lesson.rewordings))), [text for text, _ in lesson.stays]):
-                asked += rng.sample(texts, min(DRAWN, len(texts)))
-        edits = [lesson.prompt for lesson in chosen]
-        rows = self._reading.embed([self._spoken(text) for text in (*edits, *asked)])
-        cosines = rows[: len(edits)] @ rows[len(edits) :].T
-        same = torch.tensor([[self._facts[e] == self._facts.get(a) for a in asked] for e in edits], device=rows.device)
-        logits = self._reading.net.encoder.logit(cosines)
+            for some in ((lesson.prompt, *lesson.rewordings), tuple(text for text, _ in lesson.stays)):
+                drawn += rng.sample(some, min(DRAWN, len(some)))
+        # What an edit must not reach may be of no lesson's fact, and then of one with any other such prompt.
+        texts = sorted(dict.fromkeys(drawn), key=lambda text: text not in self._facts)
+        facts = [self._facts.get(text) for text in texts]
+        known = [fact for fact in facts if fact is not None]
+        rows = self._reading.embed([self._spoken(text) for text in texts])
+        logits = self._reading.net.encoder.logit(rows[: len(known)] @ rows.T)
+        same = torch.tensor([[one == other for other in facts] for one in known], device=rows.device)
+        itself = torch.eye(len(known), len(texts), dtype=torch.bool, device=rows.device)
         pairs = functional.binary_cross_entropy_with_logits(logits, same.float(), reduction="none")
-        belongs = same.any(0)
-        scores = logits[:, belongs]
-        right = scores.masked_fill(~same[:, belongs], -torch.inf).logsumexp(0)
-        return pairs[same].mean() + (pairs * ~same).sum(1).mean() + (scores.logsumexp(0) - right).mean()
+        others = same & ~itself
+        scores = logits.masked_fill(itself, -torch.inf)[others.any(1)]
+        right = scores.masked_fill(~others[others.any(1)], -torch.inf)
+        contrast = scores.logsumexp(1) - right.logsumexp(1)
+        alike, apart = pairs[others].sum() / max(1, int(others.sum())), (pairs * ~same).sum() / len(known)
+        return alike + apart + contrast.sum() / max(1, len(contrast))
 
     def _spoken(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -473,11 +472,11 @@ class ScopeTask:
             text = rng.choice((lesson.prompt, *lesson.rewordings))
             if rng.random() < SURROUNDED:
                 text = f"{rng.choice(self._lessons).statement} {text}"
-            row = [*prefix, *_bare(model, text), *answer]
+            row = [*prefix, *_bare(model, model.encode(text)), *answer]
             asked.append([(len(row) - 1 - len(answer) + j, start + j) for j in range(len(answer))])
             asked[-1].append((len(row) - 1, None))
             if rng.random() < SURROUNDED:
-                more = _bare(model, rng.choice(self._lessons).statement)
+                more = _bare(model, model.encode(rng.choice(self._lessons).statement))
                 row += more[: rng.randint(1, len(more))]
                 asked[-1].append((len(row) - 1, None))
             rows.append(row)
@@ -498,12 +497,6 @@ class ScopeTask:
 
     def take(self, state: Mapping[str, float]) -> None:
         """Nothing beside the weights."""
-
-
-def _bare(model: Model, text: str) -> list[int]:
-    """Token ids of a text without its start token."""
-    ids = model.encode(text)
-    return ids[1:] if ids and ids[0] == model.tokenizer.bos_token_id else ids
 
 
 def _facts(lessons: Sequence[Lesson]) -> dict[str, int]:

@@ -43,7 +43,7 @@ SAVE_EVERY = 20.0
 POINTS = 50
 """Points of a loss curve."""
 MEASURED = 100
-"""Held-out edits that are measured, at most."""
+"""Held-out edits that it is usual to measure, at most."""
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -253,7 +253,7 @@ def measure(model: Model, course: Course, file: Path, emit: Emit) -> tuple[Metri
     Args:
         file: the trained file, whatever its name.
     """
-    edits = course.held_out[:MEASURED]
+    edits = course.held_out
     if not edits:
         return ()
     settings = replace(course.settings, artifact=file.stem)

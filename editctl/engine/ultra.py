@@ -79,13 +79,12 @@ class Seen:
             return None
         try:
             count = int(found[f"{layer}.count"])  # type: ignore[call-overload]
-            mean, spread = (
-                torch.tensor(found[f"{layer}.{name}"], dtype=torch.float64, device=device)
-                for name in ("mean", "spread")
-            )
-            if count > 0 and mean.shape == spread.shape == (width,):
+            lists = [[float(x) for x in found[f"{layer}.{name}"]] for name in ("mean", "spread")]  # type: ignore[attr-defined]
+            mean, spread = torch.tensor(lists, dtype=torch.float64, device=device)
+            finite = bool(mean.isfinite().all()) and bool(spread.isfinite().all())
+            if count > 0 and len(mean) == width and finite and float(spread.min()) >= 0:
                 return cls(count, mean, spread)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             pass
         raise StoreError(
             f"what an earlier batch found out about block {layer} is damaged", "restore the store from a backup"
@@ -198,7 +197,8 @@ def _solved(inputs: Tensor, values: Tensor, ridge: float, projector: Projector |
     square = inputs @ inputs.T if count <= width else inputs.T @ inputs
     square.diagonal().add_(ridge * inputs.square().sum() / count)
     root, fault = torch.linalg.cholesky_ex(square)
-    if fault:
+    # Texts that begin alike have equal inputs there, whose system only rounding could solve.
+    if not ridge or fault:
         raise InvalidInput(f"ultra_ridge = {ridge:g} holds no update back", "set a larger one")
     if count <= width:
         left, right = torch.cholesky_solve(values, root).T, inputs

@@ -50,8 +50,10 @@ def keep_on(model: Model, store: Store, version: Version | None) -> None:
     put_on(editing, deltas_of(store, version))
     if version is not None and version.dtype == str(model.dtype):
         check_weights(editing, version)
-    # Never left: the model stays as it is.
-    laid(model, editing.overlays, store.artifacts_dir).__enter__()
+    # Never left, and so kept by what outlives the rest: a context that nobody keeps is left at once.
+    held = laid(model, editing.overlays, store.artifacts_dir)
+    held.__enter__()
+    model.net._editctl_laid = held
 
 
 def check_weights(editing: Editing, version: Version) -> None:

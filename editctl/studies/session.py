@@ -7,6 +7,7 @@ trials. Refuses: what a study compares; its verb does.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from editctl.engine.run import libraries
 from editctl.errors import InvalidInput
 from editctl.events import Emit, json_line
 from editctl.metrics.edits import Question
-from editctl.spec import Edit
+from editctl.spec import Edit, Probe
 from editctl.studies import sequential
 from editctl.studies.bench import Bench, Pace, Trial
 from editctl.studies.journal import opened
@@ -97,9 +98,15 @@ def taught(space: Workspace, specs: Sequence[str], seed: int) -> tuple[Edit, ...
     return tuple(sequential.lessons(seed))
 
 
-def one_each(edits: Iterable[Edit]) -> list[Edit]:
-    """The first edit of each subject, as edits are made that shall hold together."""
-    return list({edit.subject: edit for edit in reversed(list(edits))}.values())[::-1]
+def one_each(edits: Iterable[Edit], most: int) -> list[Edit]:
+    """The first edits, one a subject, without locality probes that ask what another of them changes."""
+    chosen = list({edit.subject: edit for edit in reversed(list(edits))}.values())[::-1][:most]
+    changed = [(re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)"), edit.target_true) for edit in chosen]
+
+    def stays(probe: Probe) -> bool:
+        return not any(old in probe.answer and named.search(probe.prompt) for named, old in changed)
+
+    return [edit.model_copy(update={"locality": tuple(filter(stays, edit.locality))}) for edit in chosen]
 
 
 def unseen(space: Workspace, names: Sequence[str], edits: int, unrelated: int, seed: int, **more: Any) -> Matter:
@@ -118,7 +125,7 @@ def unseen(space: Workspace, names: Sequence[str], edits: int, unrelated: int, s
     held = list(made)
     for share, number in splits:
         held = [edit for edit in held if edit in set(lessons.split(made, share, number)[1])]
-    chosen = one_each(held)[:edits]
+    chosen = one_each(held, edits)
     if len(chosen) < edits:
         raise InvalidInput(
             f"{len(chosen)} subjects were held out of all trainings, fewer than {edits} edits need",
