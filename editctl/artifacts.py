@@ -16,7 +16,7 @@ from editctl.errors import InvalidInput, StoreError
 from editctl.files import digest_of, header
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 KEY = "artifact"
 """Under which a file says what it is."""
@@ -99,6 +99,20 @@ def check(content: str, folder: Path) -> Path:
     if spoiled:
         raise StoreError(f"the trained file {path} is not what was written", remedy)
     return path
+
+
+def fit(net: nn.Module, tensors: Mapping[str, Tensor], content: str) -> None:
+    """Give a network the tensors of a trained file.
+
+    Raises:
+        StoreError: they are not of its shape.
+    """
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError:
+        raise StoreError(
+            f"the trained file {content} does not fit the network of this editctl", "train it again: editctl train"
+        ) from None
 
 
 def read(content: str, folder: Path, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

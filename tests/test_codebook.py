@@ -175,9 +175,9 @@ def test_near_and_another_label_both_reach_half_the_way() -> None:
 
 def test_the_very_same_key_with_another_label_takes_the_place() -> None:
     """The later edit holds, as far as the earlier reached; with the same label the earlier stays."""
-    keys = torch.tensor([[10.0, 0.0], [20.0, 0.0], [10.0, 0.0]])
-    assert radii(keys, ["a", "x", "b"], 0.2, EXACT) == pytest.approx({1: 4.0, 2: 2.0})
-    assert radii(keys, ["a", "x", "a"], 0.2, EXACT) == pytest.approx({0: 2.0, 1: 4.0})
+    keys = torch.tensor([[10.0, 0.0], [13.0, 0.0], [10.0, 0.0]])
+    assert radii(keys, ["a", "x", "b"], 0.2, EXACT) == pytest.approx({1: 1.5, 2: 1.5 * (1 - APART)})
+    assert radii(keys, ["a", "x", "a"], 0.2, EXACT) == pytest.approx({0: 1.5 * (1 - APART), 1: 1.5})
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])

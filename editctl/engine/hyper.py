@@ -203,7 +203,7 @@ def build(method: str, model: Model, content: str, library: Path) -> Network:
 def _built(method: str, model: Model, content: str, library: Path) -> Network:
     tensors, about = artifacts.read(content, library, method)
     net = NETWORKS[method](model, about["layers"], **about["network"])
-    net.load_state_dict(tensors)
+    artifacts.fit(net, tensors, content)
     return net.to(model.device).eval()
 
 

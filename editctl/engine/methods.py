@@ -147,8 +147,8 @@ class Learned:
 class Normalised:
     """Updates solved from one gradient under running normalisation (UltraEdit)."""
 
-    ultra_rate: float = 1.0
-    """η, the size of the values that are solved for, where the normalisation makes 1 the usual one."""
+    ultra_rate: float = 0.3
+    """η, the size of the values that are solved for, as a share of the root mean square of what the block puts out."""
     ultra_ridge: float = 1.0
     """What every change is weighed by, as a share of the mean squared norm of the inputs."""
 

@@ -106,7 +106,7 @@ class Detours(ABC):
 
     def _sent(self, detour: Detour, ids: Sequence[int]) -> str:
         """What is read of a text, without start tokens and the like."""
-        return str(self.model.tokenizer.decode([*detour.prefix, *self._own(ids)], skip_special_tokens=True))
+        return str(self.model.tokenizer.decode([*detour.prefix, *self._own(ids)], skip_special_tokens=True)).strip()
 
     def _own(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A text's tokens without its start token."""

@@ -319,7 +319,7 @@ def _loaded(model: Model, content: str, library: Path) -> Reading:
             "train one for this model",
         )
     net = Net(wide, Shape(**about["shape"]))
-    net.load_state_dict(tensors)
+    artifacts.fit(net, tensors, content)
     return Reading(model, net.eval().requires_grad_(False))
 
 
