@@ -268,7 +268,7 @@ def study_families(
     drawn = {key: given.pop(key) for key in ("edits", "unrelated", "seed")}
     one = _Study(space, "families", 1, {**given, "edits": 1})
     about = {key: given[key] for key in ("checks", "texts")}
-    one.matter = session.unseen(one.space, chosen, **drawn, **about)
+    one.matter = session.unseen(one.space, **drawn, **about)
     trained = {found.content: found.about for found in artifacts.found(one.space.store().artifacts_dir)}
 
     def labels(settings: Settings) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,12 @@ from editctl.delta import Overlay, write_tensors
 from editctl.engine import families, methods, speak
 from editctl.engine.context import KIND, Contexts, cosine, demonstrations, share, weighing, write
 from editctl.engine.lessons import Lesson
-from editctl.engine.model import Model, load
+from editctl.engine.model import Model
 from editctl.engine.prompts import Request
-from editctl.engine.statistics import pad_right
 from editctl.engine.writing import Job
 from editctl.errors import StoreError
 from editctl.events import silent
 from editctl.files import digest_of
-from editctl.spec import fill
-from editctl.studies import sequential
 
 LESSONS = tuple(
     Lesson(
@@ -231,8 +228,8 @@ def test_likeness_is_the_cosine_of_weighed_words_and_pairs() -> None:
 
 
 def test_the_edit_is_found_whose_subject_a_text_names(model: Model, library: Path) -> None:
-    """In another phrasing too, in another case, and by most of a longer name; a text in the very phrasing of an edit, but
-    about another subject, is none's."""
+    """In another phrasing too, in another case, and by most of a longer name; a text in the very phrasing of an edit,
+    but about another subject, is none's."""
     contexts = Contexts(model, an_overlay(model, library), Path())
     hits = contexts.hits([*(request.prompt for request in REQUESTS), *ABOUT])
     assert [hit and hit.edit for hit in hits] == ["tower", "ada", "rome"] * 2

@@ -33,6 +33,7 @@ from editctl.delta import compose
 from editctl.engine import editor as editor_room
 from editctl.engine import methods, prompts, speak, wear
 from editctl.engine import run as run_room
+from editctl.engine import tune as tune_room
 from editctl.engine.asking import Said, Scored
 from editctl.engine.editor import Editor
 from editctl.engine.keys import Stage
@@ -264,7 +265,7 @@ def stub_moments(model: Model, wanted: Any, *_: Any) -> dict[int, Moment]:
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The engine that takes milliseconds; composing, solving and folding are real."""
     monkeypatch.setattr(editor_room, "optimise", stub_optimise)
-    monkeypatch.setattr(editor_room, "fine_tune", stub_tune)
+    monkeypatch.setattr(tune_room, "tune", stub_tune)
     monkeypatch.setattr(editor_room.key_room, "Staged", StubStaged)
     monkeypatch.setattr(run_room, "moments_for", stub_moments)
     monkeypatch.setattr(run_room, "sample_contexts", lambda model, seed: ("", "Then "))

@@ -55,6 +55,14 @@ NUMBERS: dict[str, tuple[float, bool, bool, bool, bool, tuple[int, ...]]] = {
     "ft": (0, False, False, False, False, (21,)),
     "ft-l": (0, False, False, False, False, (21,)),
     "ft-m": (0, False, False, False, False, (21,)),
+    "locft-bf": (0, False, False, False, False, (21,)),
+    "lora": (0, False, False, False, False, (29, 30, 31)),
+    "ke": (0, False, False, False, False, (29, 30, 31)),
+    "mend": (0, False, False, False, False, (29, 30, 31)),
+    "ultraedit": (0, False, False, False, False, (29, 30, 31)),
+    "serac": (0, False, False, False, False, ()),
+    "grace": (0, False, False, False, False, (21,)),
+    "ike": (0, False, False, False, False, ()),
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "rome": {"keys": "rome"},
@@ -70,6 +78,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "sphere": {"post": ("sphere",)},
 }
 """What a row sets beside the numbers of its ridge."""
+SAID = ("needs", "changes", "preservation", "update", "drop", "exports", "undo")
+"""What a row says of itself beside its fields."""
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,7 +92,7 @@ def test_each_row_is_the_method_of_its_paper(name: str) -> None:
     assert made.null_space == (NULL_SPACE if projected else None) and made.layers == layers
     plain = Settings(name, (), made.ridge).named()
     different = {key: value for key, value in made.named().items() if key in plain and value != plain[key]}
-    assert different == {"layers": layers, **BESIDE.get(name, {})}
+    assert different == {**({"layers": layers} if layers else {}), **BESIDE.get(name, {})}
 
 
 def test_the_table_holds_every_method_once_and_no_two_alike() -> None:
@@ -105,9 +115,9 @@ def test_the_fine_tuning_rows_differ_in_objective_and_bound() -> None:
 def test_a_row_says_as_json_what_it_is(name: str) -> None:
     """Family, equation, paper, what it needs and how it keeps to a null space, in words; and every field of the row."""
     row = json.loads(json.dumps(METHODS[name].to_json()))
-    assert {f.name for f in fields(METHODS[name])} | {"needs", "preservation"} == row.keys()
+    assert {f.name for f in fields(METHODS[name])} | {*SAID} == row.keys()
     for part in ("name", "family", "equation", "paper", "summary", "needs", "preservation"):
-        assert isinstance(row[part], str) and row[part]
+        assert isinstance(row[part], str) and (row[part] or (part == "preservation" and row["changes"] == "overlay"))
     assert row["family"] == ("fine-tuning" if name in TUNED else "locate-then-edit")
     assert ("D" in row["equation"] or "W" in row["equation"] or "AlphaEdit" in row["equation"]) and "20" in row["paper"]
     where = {"nse": "the finished update is projected"} | dict.fromkeys(
@@ -162,20 +172,25 @@ def test_unknown_models_get_layers_that_they_have(blocks: int) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_finds_its_blocks_in_every_model(name: str) -> None:
-    """Known or not, of any depth: `all` of the profile, the `single` one, both `ends`, or the `deep` one."""
+    """Known or not, of any depth: `all` of the profile, the `single` one, both `ends`, the `deep` one, the `upper`
+    three, or `none`."""
     rule = METHODS[name].layers
     models = [{"model_type": t, "num_hidden_layers": b, "hidden_size": w} for t, b, w in PROFILES]
     models += [{"num_hidden_layers": blocks} for blocks in range(1, 60)]
     for config in models:
         profile, blocks = profile_of(config), int(str(config["num_hidden_layers"]))
         layers = settings(config, name, {}).layers
-        assert all(0 <= layer < max(blocks - 1, 1) for layer in layers)
+        assert all(0 <= layer < max(blocks - (rule != "upper"), 1) for layer in layers)
         if rule == "all":
             assert layers == profile.layers
         elif rule == "single":
             assert layers == (profile.layers[-1] if profile.single is None else profile.single,)
         elif rule == "ends":
             assert set(layers) == {profile.layers[0], profile.layers[-1]} and list(layers) == sorted(set(layers))
+        elif rule == "upper":
+            assert layers == tuple(range(blocks))[-3:]
+        elif rule == "none":
+            assert layers == ()
         else:
             assert len(layers) == 1 and (blocks < 6 or 0.5 < layers[0] / blocks < 0.75)
 
@@ -304,7 +319,7 @@ def test_preserve_switches_the_projection_on_and_off(name: str) -> None:
     plain = settings(TINY, name, {})
     off = settings(TINY, name, {"preserve": "none"})
     on = settings(TINY, name, {"preserve": "null-space"})
-    assert off.null_space is None and on.null_space == NULL_SPACE
+    assert off.null_space is None and on.null_space == (NULL_SPACE if METHODS[name].preservation else None)
     assert replace(off, null_space=plain.null_space) == plain == replace(on, null_space=plain.null_space)
 
 

@@ -428,7 +428,7 @@ def carried_out(made: Settings, moment: Moment) -> list[tuple[Factors, Projector
 
 
 MODEL = {"num_hidden_layers": 8, "hidden_size": 64}
-CLOSED = [name for name, method in METHODS.items() if method.tune is None]
+CLOSED = [name for name, method in METHODS.items() if method.tune is None and method.own is None]
 
 
 def assert_keeps_to_it(updates: Sequence[tuple[Factors, Projector | None]], allowed: Projector) -> None:

@@ -65,7 +65,7 @@ def test_leaving_small_terms_away_changes_little(model: Model) -> None:
     """Terms under a tenth of the largest: fewer tokens, nearly the same matrix."""
     for request, slope in zip(REQUESTS, slopes(model, LAYERS, REQUESTS), strict=True):
         for layer in LAYERS:
-            assert off(product(slope, layer), autograd(model, request, layer)) < 0.2
+            assert off(product(slope, layer), autograd(model, request, layer)) < 0.4
 
 
 def test_its_rank_is_at_most_the_number_of_tokens(model: Model) -> None:

@@ -45,7 +45,7 @@ def preset(name: str, **overrides: object) -> Problem:
     return Problem(made.ridge, made.null_space, made.write)
 
 
-PRESETS = {name: preset(name) for name, method in METHODS.items() if method.tune is None}
+PRESETS = {name: preset(name) for name, method in METHODS.items() if method.tune is None and method.own is None}
 RULES = (NullSpace("energy", 0.05), NullSpace("quantile", 0.6), NullSpace("threshold", 0.02))
 GRID = [
     Problem(Ridge(lambda_, l2, history), null_space)

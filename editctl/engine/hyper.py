@@ -214,13 +214,15 @@ def write(job: Job) -> Written:
     assert isinstance(own, Learned)
     net = build(job.settings.method, job.model, job.settings.artifact, job.library)
     job.emit(StageStarted("target", 1, job.number))
-    made = net(slopes(job.model, job.settings.layers, job.requests, job.emit))
+    found = slopes(job.model, job.settings.layers, job.requests, job.emit)
+    made = net(found)
     updates: dict[int, Update] = {}
     for layer, (left, right) in made.items():
         projector = job.projector(layer)
         right = right if projector is None else projector(right)
         updates[layer] = ((own.strength * left).cpu().contiguous(), right.cpu().contiguous())
-    return Written(updates)
+    keys = {layer: torch.stack([slope.keys[layer] for slope in found], dim=1).cpu() for layer in updates}
+    return Written(updates, keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

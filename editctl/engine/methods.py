@@ -147,9 +147,9 @@ class Learned:
 class Normalised:
     """Updates solved from one gradient under running normalisation (UltraEdit)."""
 
-    ultra_rate: float = 0.3
+    ultra_rate: float = 0.1
     """η, the size of the values that are solved for, as a share of the root mean square of what the block puts out."""
-    ultra_ridge: float = 1.0
+    ultra_ridge: float = 0.3
     """What every change is weighed by, as a share of the mean squared norm of the inputs."""
 
 

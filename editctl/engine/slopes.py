@@ -32,6 +32,8 @@ class Slope:
 
     parts: dict[int, tuple[Tensor, Tensor]]
     """By block: u (T × d_in) and g (T × d_out) of the tokens whose g is not negligible, fp32."""
+    keys: dict[int, Tensor]
+    """By block: u at the subject's last token, d_in, fp32."""
     said: tuple[int, ...]
     """The most probable token at the place of each of the target's."""
     target: tuple[int, ...]
@@ -76,14 +78,14 @@ def _slopes(model: Model, layers: Sequence[int], rows: Sequence[Row]) -> list[Sl
         found = torch.autograd.grad(torch.stack(losses).sum(), [pushes[layer] for layer in layers])
     result = []
     for i, one in enumerate(rows):
-        length, parts = len(one.ids) - 1, {}
+        length, parts, keys = len(one.ids) - 1, {}, {}
         for layer, slope in zip(layers, found, strict=True):
             # OPT flattens its positions before the MLP.
             u = inputs[layer].reshape(*ids.shape, -1)[i, :length].float()
             g = slope.reshape(*ids.shape, -1)[i, :length].float()
             sizes = g.norm(dim=1)
             kept = sizes > NEGLIGIBLE * sizes.max()
-            parts[layer] = (u[kept], g[kept])
+            parts[layer], keys[layer] = (u[kept], g[kept]), u[one.lookup]
         said = tuple(logits[i, spans[i]].argmax(-1).tolist())
-        result.append(Slope(parts, said, one.target, one.ids[: one.answer], float(losses[i].detach())))
+        result.append(Slope(parts, keys, said, one.target, one.ids[: one.answer], float(losses[i].detach())))
     return result

@@ -47,6 +47,8 @@ class Written:
 
     updates: Mapping[int, Update] = field(default_factory=dict)
     """By block, ascending."""
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    """By block the keys at the edits' places (d_in × n) where they were read on the way; else they are read again."""
     overlay: Overlay | None = None
     found: Mapping[str, object] = field(default_factory=dict)
     """What later batches go on with; numbers alone."""

@@ -109,16 +109,16 @@ def one_each(edits: Iterable[Edit], most: int) -> list[Edit]:
     return [edit.model_copy(update={"locality": tuple(filter(stays, edit.locality))}) for edit in chosen]
 
 
-def unseen(space: Workspace, names: Sequence[str], edits: int, unrelated: int, seed: int, **more: Any) -> Matter:
-    """Made-up edits of atlas, one a subject, of subjects that none of the methods' trained files was taught, with
-    probes of what must stay; beside them facts of other subjects and other facts of the same.
+def unseen(space: Workspace, edits: int, unrelated: int, seed: int, **more: Any) -> Matter:
+    """Made-up edits of atlas, one a subject, of subjects that no trained file of the store was taught, with probes of
+    what must stay; beside them facts of other subjects and other facts of the same.
 
     Raises:
         InvalidInput: there are not so many, or the model is another than atlas.
     """
     made = taught(space, (), seed)
     library, base = space.store().artifacts_dir, space.source()[1]
-    known = [one.about for one in artifacts.found(library, base=base) if one.method in names]
+    known = [one.about for one in artifacts.found(library, base=base)]
     splits = {(float(about["held_out_share"]), int(about["seed"])) for about in known}
     if any(about.get("model") != atlas.NAME for about in known):
         raise InvalidInput("a trained file was taught on another model's name", "train it again with --model atlas")
