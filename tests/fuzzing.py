@@ -981,7 +981,7 @@ def pretend(text: str) -> None:
         },
         "trace": {"trace": lambda model, cases, **options: [traced(case, text) for case in cases]},
         "wear": {
-            "wearing": lambda model, store, version: nullcontext(),
+            "wearing": lambda model, store, version: nullcontext(SimpleNamespace(overlays=())),
             "rebuild_all": lambda model, store, versions, emit: {v.id: ModelError(text, text) for v in versions[:1]},
         },
     }
