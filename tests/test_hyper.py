@@ -123,13 +123,14 @@ def test_what_is_scored_is_what_an_edited_model_says(
     ids = torch.tensor([text.ids])
     with torch.no_grad():
         plain = model.net(ids, use_cache=False).logits[0, text.start - 1 :]
+        before = {layer: model.blocks[layer].weight.clone() for layer in made}
         for layer, (left, right) in made.items():
             model.blocks[layer].weight.add_(left @ right)
         try:
             edited = model.net(ids, use_cache=False).logits[0, text.start - 1 :]
         finally:
-            for layer, (left, right) in made.items():
-                model.blocks[layer].weight.sub_(left @ right)
+            for layer, weight in before.items():
+                model.blocks[layer].weight.copy_(weight)
 
     assert torch.allclose(hooked, edited, atol=1e-3)
     assert not torch.allclose(hooked, plain, atol=1e-2)

@@ -99,6 +99,9 @@ def laid(model: Model, overlays: Sequence[Overlay], library: Path) -> Iterator[N
     Raises:
         StoreError: a trained file that one needs is missing or spoiled.
     """
+    if not overlays:
+        yield
+        return
     with ExitStack() as stack:
         made = readers(model, overlays, library)
         for one in made:
