@@ -12,16 +12,13 @@ from typing import Any
 import click
 
 from editctl import talk
-from editctl.engine.methods import METHODS
-from editctl.events import StageStarted
+from editctl.errors import InvalidInput
 from editctl.flags import as_json, from_flags, specs_argument
 from editctl.workspace import Workspace
 
-_TRAINED = [name for name, method in METHODS.items() if method.trained]
-
 
 @click.command()
-@click.argument("method", type=click.Choice(_TRAINED))
+@click.argument("method")
 @specs_argument
 @click.option("--name", default="", help="What it is called (default: the method); the newest of a name is meant.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of training (default: the method's own).")
@@ -50,6 +47,12 @@ def train(
     model are taught. A training that was interrupted goes on where it was.
     """
     from editctl import report
+    from editctl.engine.methods import METHODS, find
+    from editctl.events import StageStarted
+
+    if not find(method).trained:
+        trained = ", ".join(name for name, row in METHODS.items() if row.trained)
+        raise InvalidInput(f"{method} reads nothing that is trained", f"one of: {trained}")
     from editctl.engine import families, lessons, training
     from editctl.studies import session
 
